@@ -1,0 +1,1 @@
+"""sheepfs: VDIs of a storage cluster, shown as raw files."""

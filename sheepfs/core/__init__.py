@@ -1,0 +1,1 @@
+"""Pure logic: no sockets, files, clocks or randomness."""

@@ -1,0 +1,157 @@
+"""The cluster map: which nodes there are, and which of them hold each placement group.
+
+Always holds:
+- A map never changes; each change makes a new one whose epoch is one higher.
+- A PG's `changed` is the epoch in which its members last changed; a request made with an older
+  epoch is refused by every member (the epoch gate).
+- A PG that ever had a `sync` member always has one: the last one is never voted out (I8).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from sheepfs.core.errors import ProtocolError
+
+MAX_COPIES = 5
+
+
+class NodeState(StrEnum):
+    """What the leader thinks of a node."""
+
+    ACTIVE = "active"
+    RECOVERING = "recovering"
+    DOWN = "down"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One storage daemon with one data directory.
+
+    Attributes:
+        weight: share of data relative to other nodes; by default the disk's size in GiB.
+        incarnation: number of the daemon's run, never reused; a new run is not trusted until
+            it has caught up.
+        address: host:port at which this incarnation listens.
+    """
+
+    id: int
+    state: NodeState
+    address: str
+    incarnation: int
+    zone: str
+    weight: float
+    down_since: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementGroup:
+    """Members of one placement group: `sync` ones hold everything, `joining` ones catch up."""
+
+    changed: int
+    sync: tuple[int, ...]
+    joining: tuple[int, ...] = ()
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """All nodes that every write must reach."""
+        return self.sync + self.joining
+
+
+@dataclass(frozen=True)
+class ClusterMap:
+    """One epoch's map.
+
+    Attributes:
+        cluster: the cluster's unique id (hex), so that no node talks to another cluster's.
+        pools: number of copies -> its placement groups.
+    """
+
+    epoch: int
+    cluster: str
+    nodes: Mapping[int, Node] = field(default_factory=dict)
+    pools: Mapping[int, tuple[PlacementGroup, ...]] = field(default_factory=dict)
+
+    def needed(self, copies: int) -> int:
+        """Give how many `sync` members a PG of `copies` needs to take writes.
+
+        Half of the copies, rounded up; with fewer nodes than copies, of what there is.
+        """
+        return max(1, -(-min(copies, len(self.nodes)) // 2))
+
+    def writable(self, copies: int, pg: int) -> bool:
+        """Tell whether PG `pg` of the pool takes writes."""
+        return len(self.pools[copies][pg].sync) >= self.needed(copies)
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """The map as JSON bytes, as it is kept in etcd and sent to peers."""
+        return json.dumps(self._as_json(), separators=(",", ":")).encode()
+
+    def _as_json(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "epoch": self.epoch,
+            "cluster": self.cluster,
+            "nodes": [
+                [n.id, n.state, n.address, n.incarnation, n.zone, n.weight, n.down_since]
+                for n in self.nodes.values()
+            ],
+            "pools": {
+                str(copies): [[pg.changed, pg.sync, pg.joining] for pg in pgs]
+                for copies, pgs in self.pools.items()
+            },
+        }
+
+    @classmethod
+    def decode(cls, data: bytes | bytearray | memoryview) -> ClusterMap:
+        """Parse `encoded`.
+
+        Raises:
+            ProtocolError: the bytes are no map of a format that this version knows.
+        """
+        try:
+            raw = json.loads(bytes(data))
+            if raw["format"] != 1:
+                raise ProtocolError(f"cluster map of format {raw['format']}; this version knows 1")
+            nodes = {
+                int(r[0]): Node(
+                    int(r[0]),
+                    NodeState(r[1]),
+                    str(r[2]),
+                    int(r[3]),
+                    str(r[4]),
+                    float(r[5]),
+                    float(r[6]),
+                )
+                for r in raw["nodes"]
+            }
+            pools = {
+                int(copies): tuple(
+                    PlacementGroup(int(r[0]), tuple(map(int, r[1])), tuple(map(int, r[2])))
+                    for r in pgs
+                )
+                for copies, pgs in raw["pools"].items()
+            }
+            return cls(int(raw["epoch"]), str(raw["cluster"]), nodes, pools)
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise ProtocolError(f"not a cluster map: {error}") from error
+
+    def with_changes(
+        self,
+        nodes: Mapping[int, Node] | None = None,
+        pools: Mapping[int, tuple[PlacementGroup, ...]] | None = None,
+    ) -> ClusterMap:
+        """Give the next epoch's map; the caller stamps `changed` of PGs with `self.epoch + 1`."""
+        return replace(
+            self,
+            epoch=self.epoch + 1,
+            nodes=self.nodes if nodes is None else nodes,
+            pools=self.pools if pools is None else pools,
+        )

@@ -1,0 +1,141 @@
+"""The frame: one layout for every request and reply between clients and storage daemons.
+
+Always holds:
+- A frame is a 72-byte header and a payload; `length` counts both and is checked against
+  `MAX_FRAME` before anything is allocated for it.
+- The checksum covers every byte of the frame but itself, and is seeded with the connection's
+  session number, so a frame recorded on one connection is garbage on any other. The payload's
+  own checksum is part of that seed: it is computed once for all replicas that a write goes to.
+- Golden bytes in tests/core/test_wire.py pin the layout; changing it needs a new `VERSION`.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple, TypeAlias
+
+from xxhash import xxh3_64_intdigest
+
+from sheepfs.core.errors import ProtocolError
+from sheepfs.core.geometry import OBJECT_SIZE
+
+VERSION = 1
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+HEADER = struct.Struct("<IBBHQ IIIBxH QQIIQQ")
+"""length, op, flags, status, checksum, request, epoch, vdi, pool, pg, token, oid, offset, count,
+prev, version: little-endian, no padding but the one named."""
+HEADER_SIZE = HEADER.size
+_REST = struct.Struct("<IIIBxHQQIIQQ")
+_START = struct.Struct("<IBBH")
+_CHECKSUM_END = 16
+
+MAX_PAYLOAD = OBJECT_SIZE + (64 << 10)
+MAX_FRAME = HEADER_SIZE + MAX_PAYLOAD
+MAX_HELLO = HEADER_SIZE + 4096
+"""Largest frame before the two sides have greeted each other."""
+
+REPLY = 0x80
+"""Set in `op` of a reply."""
+FLAG_CREATE = 1
+"""WRITE: whatever the object held before is void; what is not written reads as zeros."""
+
+
+class Op(IntEnum):
+    """Operations. Numbers are part of the protocol; docs/wire.md explains each."""
+
+    HELLO = 1
+    PING = 2
+    MAP = 3
+    READ = 4
+    WRITE = 5
+    PUNCH = 6
+    FLUSH = 7
+    DELETE = 8
+    STAT = 9
+    EXTENTS = 10
+    PULL = 11
+    REPAIR = 12
+    LIST = 13
+    FENCE = 14
+    REPORT = 15
+    JOINED = 16
+    STATUS = 17
+
+
+class Header(NamedTuple):
+    """A decoded header. `pool` is the number of copies, `prev` and `version` object versions."""
+
+    length: int
+    op: int
+    flags: int
+    status: int
+    checksum: int
+    request: int
+    epoch: int
+    vdi: int
+    pool: int
+    pg: int
+    token: int
+    oid: int
+    offset: int
+    count: int
+    prev: int
+    version: int
+
+
+def encode(
+    session: int,
+    op: int,
+    request: int,
+    payload: Buffer = b"",
+    *,
+    flags: int = 0,
+    status: int = 0,
+    epoch: int = 0,
+    vdi: int = 0,
+    pool: int = 0,
+    pg: int = 0,
+    token: int = 0,
+    oid: int = 0,
+    offset: int = 0,
+    count: int = 0,
+    prev: int = 0,
+    version: int = 0,
+) -> bytes:
+    """Give the header of a frame whose payload the caller sends right behind it, uncopied."""
+    start = _START.pack(HEADER_SIZE + len(payload), op, flags, status)
+    rest = _REST.pack(request, epoch, vdi, pool, pg, token, oid, offset, count, prev, version)
+    seed = int.from_bytes(start, "little") ^ session
+    if payload:
+        seed ^= xxh3_64_intdigest(payload)
+    checksum = xxh3_64_intdigest(rest, seed)
+    return start + checksum.to_bytes(8, "little") + rest
+
+
+def frame_length(buffer: Buffer, position: int, limit: int = MAX_FRAME) -> int:
+    """Give the length in bytes of the frame at `position`, of which 4 bytes are there.
+
+    Raises:
+        ProtocolError: the length cannot be; the connection must end before it is believed.
+    """
+    length = int.from_bytes(buffer[position : position + 4], "little")
+    if not HEADER_SIZE <= length <= limit:
+        raise ProtocolError(f"frame of {length} bytes, not within {HEADER_SIZE} to {limit}")
+    return length
+
+
+def decode(session: int, frame: memoryview) -> Header:
+    """Check and decode the header of a whole frame; the payload is `frame[HEADER_SIZE:]`.
+
+    Raises:
+        ProtocolError: the checksum does not match; nothing of the frame can be trusted.
+    """
+    header = Header._make(HEADER.unpack_from(frame))
+    seed = int.from_bytes(frame[:8], "little") ^ session
+    if header.length > HEADER_SIZE:
+        seed ^= xxh3_64_intdigest(frame[HEADER_SIZE:])
+    if xxh3_64_intdigest(frame[_CHECKSUM_END:HEADER_SIZE], seed) != header.checksum:
+        raise ProtocolError("frame checksum does not match")
+    return header

@@ -1,0 +1,1 @@
+"""Trio shells around the pure core: etcd, connections, the object client."""

@@ -1,0 +1,1 @@
+"""The object store of one node: files on one disk."""
