@@ -24,7 +24,7 @@ VERSION = 1
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 HEADER = struct.Struct("<IBBHQ IIIBxH QQIIQQ")
-"""length, op, flags, status, checksum, request, epoch, vdi, pool, pg, token, oid, offset, count,
+"""length, op, flags, status, checksum, request, epoch, vdi, pool, pg, token, oid, offset, span,
 prev, version: little-endian, no padding but the one named."""
 HEADER_SIZE = HEADER.size
 _REST = struct.Struct("<IIIBxHQQIIQQ")
@@ -80,7 +80,7 @@ class Header(NamedTuple):
     token: int
     oid: int
     offset: int
-    count: int
+    span: int
     prev: int
     version: int
 
@@ -100,13 +100,13 @@ def encode(
     token: int = 0,
     oid: int = 0,
     offset: int = 0,
-    count: int = 0,
+    span: int = 0,
     prev: int = 0,
     version: int = 0,
 ) -> bytes:
     """Give the header of a frame whose payload the caller sends right behind it, uncopied."""
     start = _START.pack(HEADER_SIZE + len(payload), op, flags, status)
-    rest = _REST.pack(request, epoch, vdi, pool, pg, token, oid, offset, count, prev, version)
+    rest = _REST.pack(request, epoch, vdi, pool, pg, token, oid, offset, span, prev, version)
     seed = int.from_bytes(start, "little") ^ session
     if payload:
         seed ^= xxh3_64_intdigest(payload)
