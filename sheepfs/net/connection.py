@@ -1,0 +1,262 @@
+"""One connection between a client (or a daemon) and a storage daemon: frames in, frames out.
+
+Always holds:
+- One reader (the task in `run`) and one writer task for each connection; no task per request.
+- A frame is checked (length before allocation, then checksum) before anybody looks inside it.
+- What `send` was given goes out in that order, and in one system call for all that is queued.
+- The payload given to the handler is a view into the receive buffer: valid during the call only.
+Source: docs/wire.md.
+"""
+
+from __future__ import annotations
+
+import json
+import socket as stdlib_socket
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import trio
+from xxhash import xxh3_64_intdigest
+
+from sheepfs.core.errors import ProtocolError, UnreachableError, WrongClusterError, error_for
+from sheepfs.core.wire import (
+    HEADER_SIZE,
+    MAX_FRAME,
+    MAX_HELLO,
+    REPLY,
+    VERSION,
+    Buffer,
+    Header,
+    Op,
+    decode,
+    encode,
+    frame_length,
+)
+
+Handler = Callable[[Header, memoryview], None]
+
+_INITIAL_BUFFER = 256 << 10
+_SOCKET_BUFFER = 2 << 20
+_JOIN_LIMIT = 64 << 10
+_MAX_IOVECS = 512
+
+
+class Connection:
+    """Frames over one TCP socket; `session` seeds the checksums once both sides greeted."""
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        sock.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
+        for option in (stdlib_socket.SO_SNDBUF, stdlib_socket.SO_RCVBUF):
+            sock.setsockopt(stdlib_socket.SOL_SOCKET, option, _SOCKET_BUFFER)
+        self.sock = sock
+        self.session = 0
+        self.frame_limit = MAX_HELLO
+        self.queued_bytes = 0
+        """Bytes given to `send` that the kernel has not taken yet."""
+        self._buffer = bytearray(_INITIAL_BUFFER)
+        self._start = 0
+        self._end = 0
+        self._out: list[Buffer] = []
+        self._wake = trio.Event()
+        self._idle = False
+        self._drained = trio.Event()
+        self._closed = False
+
+    def send(self, op: int, request: int, payload: Buffer = b"", **fields: int) -> None:
+        """Queue a frame (see `wire.encode` for the fields); never blocks."""
+        self.send_frame(encode(self.session, op, request, payload, **fields), payload)
+
+    def send_frame(self, header: bytes, payload: Buffer = b"") -> None:
+        """Queue an encoded header and its payload, which must not change until it is sent."""
+        self._out.append(header)
+        if payload:
+            self._out.append(payload)
+        self.queued_bytes += HEADER_SIZE + len(payload)
+        if self._idle:
+            self._idle = False
+            self._wake.set()
+
+    def send_json(self, op: int, request: int, content: Any, **fields: int) -> None:
+        """Queue a frame whose payload is JSON."""
+        self.send(op, request, json.dumps(content, separators=(",", ":")).encode(), **fields)
+
+    async def drain(self, limit_bytes: int) -> None:
+        """Wait until at most `limit_bytes` are queued: bounds the memory that a peer can take."""
+        while self.queued_bytes > limit_bytes and not self._closed:
+            self._drained = trio.Event()
+            await self._drained.wait()
+
+    async def run_writer(self) -> None:
+        """Send what is queued until the connection fails or the task is cancelled."""
+        while True:
+            if not self._out:
+                self._wake = trio.Event()
+                self._idle = True
+                await self._wake.wait()
+            out, self._out = self._out, []
+            await self._send_all(out)
+
+    async def _send_all(self, out: list[Buffer]) -> None:
+        total = sum(map(len, out))
+        if total <= _JOIN_LIMIT:
+            view = memoryview(b"".join(out) if len(out) > 1 else out[0])
+            while view:
+                view = view[await self.sock.send(view) :]
+        else:
+            for first in range(0, len(out), _MAX_IOVECS):
+                await self._send_vector(out[first : first + _MAX_IOVECS])
+        self.queued_bytes -= total
+        self._drained.set()
+
+    async def _send_vector(self, vector: list[Buffer]) -> None:
+        while vector:
+            sent = await self.sock.sendmsg(vector)
+            done = 0
+            while done < len(vector) and sent >= len(vector[done]):
+                sent -= len(vector[done])
+                done += 1
+            vector = vector[done:]
+            if sent:
+                vector[0] = memoryview(vector[0])[sent:]
+
+    async def receive(self, handle: Handler, *, one: bool = False) -> None:
+        """Read frames and give each to `handle` until the peer closes (or after `one`).
+
+        Raises:
+            ProtocolError: the peer sent something else than frames of this session.
+            OSError: the connection broke.
+        """
+        while True:
+            while self._end - self._start >= HEADER_SIZE:
+                length = frame_length(self._buffer, self._start, self.frame_limit)
+                if self._end - self._start < length:
+                    self._make_room(length)
+                    break
+                with memoryview(self._buffer) as whole, whole[
+                    self._start : self._start + length
+                ] as frame:
+                    header = decode(self.session, frame)
+                    self._start += length
+                    with frame[HEADER_SIZE:] as payload:
+                        handle(header, payload)
+                if one:
+                    return
+            if self._start == self._end:
+                self._start = self._end = 0
+            elif self._end == len(self._buffer):
+                self._make_room(HEADER_SIZE)
+            with memoryview(self._buffer) as whole, whole[self._end :] as space:
+                received = await self.sock.recv_into(space)
+            if not received:
+                if self._end > self._start:
+                    raise ProtocolError("the peer closed in the middle of a frame")
+                return
+            self._end += received
+
+    def _make_room(self, length: int) -> None:
+        """Make sure that a frame of `length` (already checked) fits behind `_start`."""
+        if self._start + length <= len(self._buffer):
+            return
+        have = self._end - self._start
+        if length > len(self._buffer):
+            grown = bytearray(min(MAX_FRAME, max(length, 2 * len(self._buffer))))
+            grown[:have] = memoryview(self._buffer)[self._start : self._end]
+            self._buffer = grown
+        else:
+            self._buffer[:have] = self._buffer[self._start : self._end]
+        self._start, self._end = 0, have
+
+    def close(self) -> None:
+        """Close the socket at once; the reader and writer tasks end with an error."""
+        self._closed = True
+        self._drained.set()
+        self.sock.close()
+
+
+class Greeting(dict[str, Any]):
+    """The JSON object of a HELLO frame."""
+
+    @classmethod
+    def parse(cls, payload: Buffer) -> Greeting:
+        """Parse a HELLO's payload (ProtocolError if it is no JSON object)."""
+        try:
+            content = json.loads(bytes(payload))
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"HELLO is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ProtocolError("HELLO is not a JSON object")
+        return cls(content)
+
+
+async def connect(
+    address: str, cluster: str, client: str, *, timeout_s: float = 2.0, maps: bool = False
+) -> tuple[Connection, Greeting]:
+    """Connect to the daemon at `address` (host:port) and greet it.
+
+    Args:
+        cluster: unique id of the cluster; another cluster's daemon refuses.
+        client: unique id of this client; a daemon ends an older connection of the same client.
+        maps: ask the daemon to send every new cluster map unasked.
+
+    Raises:
+        UnreachableError: nobody there, or no answer in time.
+        WrongClusterError: the daemon is of another cluster.
+        ProtocolError: whoever is there speaks something else.
+    """
+    host, _, port = address.rpartition(":")
+    sock = None
+    try:
+        with trio.fail_after(timeout_s):
+            stream = await trio.open_tcp_stream(host.strip("[]"), int(port))
+            sock = stream.socket
+            connection = Connection(sock)
+            greeting = await _greet(connection, cluster, client, maps)
+    except (OSError, ValueError, trio.TooSlowError) as error:
+        if sock:
+            sock.close()
+        reason = "no answer in time" if isinstance(error, trio.TooSlowError) else str(error)
+        raise UnreachableError(f"storage daemon at {address}: {reason}") from error
+    except BaseException:
+        if sock:
+            sock.close()
+        raise
+    connection.session = int(greeting["session"])
+    connection.frame_limit = MAX_FRAME
+    return connection, greeting
+
+
+async def _greet(connection: Connection, cluster: str, client: str, maps: bool) -> Greeting:
+    hello = {"protocol": VERSION, "cluster": cluster, "client": client, "maps": maps}
+    payload = json.dumps(hello).encode()
+    await connection._send_all([encode(0, Op.HELLO, 0, payload), payload])
+    connection.queued_bytes = 0
+    answers: list[tuple[Header, bytes]] = []
+    await connection.receive(lambda h, p: answers.append((h, bytes(p))), one=True)
+    if not answers:
+        raise UnreachableError("the daemon closed the connection instead of greeting")
+    header, body = answers[0]
+    if header.op != Op.HELLO | REPLY:
+        raise ProtocolError(f"greeted with operation {header.op}")
+    if header.status:
+        raise error_for(header.status, body.decode(errors="replace"))
+    greeting = Greeting.parse(body)
+    missing = {"session", "node", "incarnation"} - greeting.keys()
+    if missing or not all(isinstance(greeting[k], int) for k in ("session", "node", "incarnation")):
+        raise ProtocolError("the daemon's greeting lacks session, node or incarnation")
+    return greeting
+
+
+def check_greeting(greeting: Mapping[str, Any], cluster: str) -> None:
+    """Refuse a client of another protocol or cluster (the daemon's side of the greeting)."""
+    if greeting.get("protocol") != VERSION:
+        raise WrongClusterError(
+            f"protocol {greeting.get('protocol')!r}: this daemon speaks {VERSION}; "
+            "upgrade the older side"
+        )
+    if greeting.get("cluster") != cluster:
+        raise WrongClusterError("this daemon belongs to another cluster")
+
+
+def payload_checksum(payload: Buffer) -> int:
+    """Checksum of a payload, computed once and used for every replica it is sent to."""
+    return xxh3_64_intdigest(payload) if payload else 0
