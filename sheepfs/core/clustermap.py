@@ -52,11 +52,17 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class PlacementGroup:
-    """Members of one placement group: `sync` ones hold everything, `joining` ones catch up."""
+    """Members of one placement group: `sync` ones hold everything, `joining` ones catch up.
+
+    Attributes:
+        away: nodes that were voted out and are still expected back, so that a return costs only
+            what they missed. Not members: they get no writes and give no reads.
+    """
 
     changed: int
     sync: tuple[int, ...]
     joining: tuple[int, ...] = ()
+    away: tuple[int, ...] = ()
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -104,7 +110,9 @@ class ClusterMap:
                 for n in self.nodes.values()
             ],
             "pools": {
-                str(copies): [[pg.changed, pg.sync, pg.joining] for pg in pgs]
+                str(copies): [
+                    [pg.changed, pg.sync, pg.joining, *([pg.away] if pg.away else [])] for pg in pgs
+                ]
                 for copies, pgs in self.pools.items()
             },
         }
@@ -134,7 +142,7 @@ class ClusterMap:
             }
             pools = {
                 int(copies): tuple(
-                    PlacementGroup(int(r[0]), tuple(map(int, r[1])), tuple(map(int, r[2])))
+                    PlacementGroup(int(r[0]), *(tuple(map(int, ids)) for ids in r[1:4]))
                     for r in pgs
                 )
                 for copies, pgs in raw["pools"].items()
