@@ -9,6 +9,7 @@ Retry code tests `RetryableError` alone; `to_errno` is the only place that makes
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import ClassVar
 
@@ -109,9 +110,13 @@ class ObjectNotFoundError(TerminalError):
 
 
 class CorruptError(TerminalError):
-    """A checksum does not match."""
+    """A checksum does not match. `blocks` are the numbers of the bad blocks of the object."""
 
     status = Status.CORRUPT
+
+    def __init__(self, message: str, blocks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.blocks = tuple(blocks)
 
 
 class NoSpaceError(TerminalError):
