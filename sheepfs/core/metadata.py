@@ -165,6 +165,8 @@ class VdiRecord(Record):
     created: float = 0.0
     modified: float = 0.0
     changed: float = 0.0
+    maps: int = 0
+    """Bit i is set when the active layer's map object i exists: missing is never zeros (I3)."""
     allocated: int = 0
     """Bytes of objects that the VDI owned when it was last flushed."""
 

@@ -52,7 +52,9 @@ class Connection:
         self.session = 0
         self.frame_limit = MAX_HELLO
         self.queued_bytes = 0
-        """Bytes given to `send` that the kernel has not taken yet."""
+        """Bytes held for the peer: replies not yet sent, requests not yet answered."""
+        self.pause_above_bytes = 1 << 62
+        """Stop reading while more is held: bounds the memory that a peer can take."""
         self._buffer = bytearray(_INITIAL_BUFFER)
         self._start = 0
         self._end = 0
@@ -80,11 +82,21 @@ class Connection:
         """Queue a frame whose payload is JSON."""
         self.send(op, request, json.dumps(content, separators=(",", ":")).encode(), **fields)
 
-    async def drain(self, limit_bytes: int) -> None:
-        """Wait until at most `limit_bytes` are queued: bounds the memory that a peer can take."""
+    def hold(self, size_bytes: int) -> None:
+        """Count memory held for the peer besides queued frames; negative when it is let go."""
+        self.queued_bytes += size_bytes
+        if size_bytes < 0:
+            self._drained.set()
+
+    async def _drain(self, limit_bytes: int) -> None:
         while self.queued_bytes > limit_bytes and not self._closed:
             self._drained = trio.Event()
             await self._drained.wait()
+
+    async def flush(self) -> None:
+        """Send what is queued, where no writer task runs."""
+        out, self._out = self._out, []
+        await self._send_all(out)
 
     async def run_writer(self) -> None:
         """Send what is queued until the connection fails or the task is cancelled."""
@@ -132,15 +144,18 @@ class Connection:
                 if self._end - self._start < length:
                     self._make_room(length)
                     break
-                with memoryview(self._buffer) as whole, whole[
-                    self._start : self._start + length
-                ] as frame:
+                with (
+                    memoryview(self._buffer) as whole,
+                    whole[self._start : self._start + length] as frame,
+                ):
                     header = decode(self.session, frame)
                     self._start += length
                     with frame[HEADER_SIZE:] as payload:
                         handle(header, payload)
                 if one:
                     return
+                if self.queued_bytes > self.pause_above_bytes:
+                    await self._drain(self.pause_above_bytes // 2)
             if self._start == self._end:
                 self._start = self._end = 0
             elif self._end == len(self._buffer):
@@ -228,8 +243,8 @@ async def connect(
 async def _greet(connection: Connection, cluster: str, client: str, maps: bool) -> Greeting:
     hello = {"protocol": VERSION, "cluster": cluster, "client": client, "maps": maps}
     payload = json.dumps(hello).encode()
-    await connection._send_all([encode(0, Op.HELLO, 0, payload), payload])
-    connection.queued_bytes = 0
+    connection.send(Op.HELLO, 0, payload)
+    await connection.flush()
     answers: list[tuple[Header, bytes]] = []
     await connection.receive(lambda h, p: answers.append((h, bytes(p))), one=True)
     if not answers:

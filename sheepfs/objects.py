@@ -1,0 +1,151 @@
+"""Reading objects: from any `sync` member, and from another one when that fails.
+
+Always holds:
+- Only `sync` members are asked; the request carries the epoch, so a member that was voted out
+  and does not know it yet is never believed by a holder that does.
+- Missing is never zeros (I3): an object that no member can give is an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Coroutine
+from itertools import count
+from typing import Any
+
+import trio
+
+from sheepfs.backend import ReadDone
+from sheepfs.core.errors import (
+    CorruptError,
+    ObjectNotFoundError,
+    RetryableError,
+    SheepError,
+    StaleEpochError,
+)
+from sheepfs.core.geometry import describe_oid, pg_of
+from sheepfs.core.wire import Header, Op
+from sheepfs.net.link import Link, next_request
+from sheepfs.net.router import Router
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.02
+CALL_TIMEOUT_S = 5.0
+
+Later = Callable[[Callable[[], Coroutine[Any, Any, None]], Callable[[int], None]], None]
+
+
+class ObjectReader:
+    """Reads the objects of one VDI; `token` is 0 for a reader that does not hold it."""
+
+    def __init__(self, router: Router, vdi: int, pool: int) -> None:
+        self.token = 0
+        self._router = router
+        self._vdi = vdi
+        self._pool = pool
+        self._turn = count()
+
+    def _fields(self, oid: int) -> dict[str, int]:
+        cluster_map = self._router.map
+        return {
+            "oid": oid,
+            "pool": self._pool,
+            "pg": pg_of(oid, len(cluster_map.pools[self._pool])),
+            "epoch": cluster_map.epoch,
+            "vdi": self._vdi,
+            "token": self.token,
+        }
+
+    def read(self, oid: int, offset: int, length: int, done: ReadDone, later: Later) -> None:
+        """Read from one member; the buffers are valid during `done` only."""
+        cluster_map = self._router.map
+        pgs = cluster_map.pools[self._pool]
+        pg = pg_of(oid, len(pgs))
+        sync = pgs[pg].sync
+        link = self._router.links.get(sync[next(self._turn) % len(sync)]) if sync else None
+        if link is None or link.lost:
+            later(lambda: self._read_slowly(oid, offset, length, done), _failed(done))
+            return
+
+        def answer(link: Link, header: Header | None, payload: memoryview | None) -> None:
+            if header is None or header.status or payload is None or len(payload) != length:
+                later(lambda: self._read_slowly(oid, offset, length, done), _failed(done))
+            else:
+                done(0, (payload,))
+
+        request = next_request()
+        link.pending[request] = answer
+        link.connection.send(
+            Op.READ, request, oid=oid, pool=self._pool, pg=pg, epoch=cluster_map.epoch,
+            vdi=self._vdi, token=self.token, offset=offset, span=length,
+        )  # fmt: skip
+
+    async def _read_slowly(self, oid: int, offset: int, length: int, done: ReadDone) -> None:
+        done(0, (await self.fetch(oid, offset, length),))
+
+    async def fetch(self, oid: int, offset: int, length: int) -> bytes:
+        """Read, going from member to member and through map changes until one gives it.
+
+        Raises:
+            CorruptError, ObjectNotFoundError: no member has a good copy.
+            SheepError: fenced, or refused for good.
+        """
+        data = await self._ask(oid, Op.READ, offset, length)
+        if len(data) != length:
+            raise CorruptError(f"{describe_oid(oid)}: {len(data)} bytes instead of {length}")
+        return data
+
+    async def extents(self, oid: int) -> bytes:
+        """Give the 128-byte bitmap of the object's blocks that may hold data."""
+        return await self._ask(oid, Op.EXTENTS, 0, 0)
+
+    async def _ask(self, oid: int, op: int, offset: int, span: int) -> bytes:
+        while True:
+            fields = self._fields(oid)
+            sync = self._router.map.pools[self._pool][fields["pg"]].sync
+            bad: dict[int, SheepError] = {}
+            for node in sync:
+                link = self._router.link(node)
+                if link is None:
+                    continue
+                try:
+                    _, body = await link.call(
+                        op, b"", offset=offset, span=span, timeout_s=CALL_TIMEOUT_S, **fields
+                    )
+                except (CorruptError, ObjectNotFoundError) as error:
+                    bad[node] = error
+                except StaleEpochError:
+                    await self._refresh()
+                except RetryableError as error:
+                    log.debug("%s from node %d: %s", describe_oid(oid), node, error)
+                else:
+                    for other in bad:
+                        self._repair_soon(other, fields)
+                    return body
+            if len(bad) == len(sync) and sync:
+                log.error("%s: no replica can give it: %s", describe_oid(oid), bad)
+                raise bad[sync[0]]
+            with trio.move_on_after(RETRY_S):
+                await self._router.wait_map()
+
+    async def _refresh(self) -> None:
+        with trio.move_on_after(RETRY_S):
+            await self._router.wait_map()
+
+    def _repair_soon(self, node: int, fields: dict[str, int]) -> None:
+        link = self._router.link(node)
+        if link is not None:
+            log.warning(
+                "%s: node %d cannot give it; it repairs its copy", describe_oid(fields["oid"]), node
+            )
+            link.request(Op.REPAIR, next_request(), _ignore, b"", **fields)
+
+
+def _failed(done: ReadDone) -> Callable[[int], None]:
+    return lambda code: done(code or errno.EIO, ())
+
+
+def _ignore(link: Link, header: Header | None, payload: memoryview | None) -> None:
+    """The node logs how its repair went."""

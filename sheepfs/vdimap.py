@@ -1,0 +1,139 @@
+"""The map of a VDI: for each object index the layer that owns its data, 0 for a hole.
+
+Always holds:
+- Pages (a 4 KiB block of a map object: 512 entries, 2 GiB of VDI) are loaded when asked for.
+- What `take_dirty` gives names only objects whose creation is complete, so that once the data is
+  durable the map may be made durable too, and never the other way round (DESIGN section 6).
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Awaitable, Callable
+
+from sheepfs.core.errors import ProtocolError
+from sheepfs.core.geometry import (
+    BLOCK_SIZE,
+    MAP_ENTRIES_PER_BLOCK,
+    MAP_ENTRIES_PER_OBJECT,
+    MAX_LAYER,
+)
+
+PAGES_PER_OBJECT = MAP_ENTRIES_PER_OBJECT // MAP_ENTRIES_PER_BLOCK
+PAGES_PER_LOAD = 16
+"""Pages read at once: 64 KiB, the map of 32 GiB."""
+
+LoadRange = Callable[[int, int, int], Awaitable[bytes]]
+"""(map object index, offset in bytes, length) -> bytes of an existing map object."""
+
+_EMPTY = bytes(BLOCK_SIZE)
+
+
+class VdiMap:
+    """Map pages in memory.
+
+    Attributes:
+        existing: bit i is set when map object i exists in the cluster.
+    """
+
+    def __init__(self, existing: int, load_range: LoadRange) -> None:
+        self.existing = existing
+        self.pages: dict[int, array[int]] = {}
+        self._load_range = load_range
+        self._dirty: set[int] = set()
+        self._creating: set[int] = set()
+
+    def get(self, index: int) -> int | None:
+        """Give the owner layer of an object, 0 for a hole, None if the page is not loaded."""
+        page = self.pages.get(index // MAP_ENTRIES_PER_BLOCK)
+        return None if page is None else page[index % MAP_ENTRIES_PER_BLOCK]
+
+    async def load(self, index: int) -> None:
+        """Load the page of an object index, and its neighbours.
+
+        Raises:
+            SheepError: no replica can give the map object.
+        """
+        number = index // MAP_ENTRIES_PER_BLOCK
+        map_index, page = divmod(number, PAGES_PER_OBJECT)
+        first = page - page % PAGES_PER_LOAD
+        if self.existing >> map_index & 1:
+            data = await self._load_range(
+                map_index, first * BLOCK_SIZE, PAGES_PER_LOAD * BLOCK_SIZE
+            )
+        else:
+            data = _EMPTY * PAGES_PER_LOAD
+        base = map_index * PAGES_PER_OBJECT + first
+        for i in range(PAGES_PER_LOAD):
+            # A page that came meanwhile may have changes already.
+            if base + i not in self.pages:
+                self.pages[base + i] = _parse(data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
+
+    def begin_create(self, index: int, layer: int) -> None:
+        """The object is being created: reads go to it, but the map on disk does not name it."""
+        self._set(index, layer)
+        self._creating.add(index)
+
+    def end_create(self, index: int, created: bool) -> None:
+        """The creation is complete on all members, or it failed and the hole is back."""
+        self._creating.discard(index)
+        if created:
+            self._dirty.add(index // MAP_ENTRIES_PER_BLOCK)
+        else:
+            self._set(index, 0)
+
+    def discard(self, index: int) -> None:
+        """Make an object a hole."""
+        self._creating.discard(index)
+        self._set(index, 0)
+        self._dirty.add(index // MAP_ENTRIES_PER_BLOCK)
+
+    def _set(self, index: int, layer: int) -> None:
+        number, entry = divmod(index, MAP_ENTRIES_PER_BLOCK)
+        self.pages[number][entry] = layer
+
+    @property
+    def is_dirty(self) -> bool:
+        """Tell whether the map in memory is newer than the stored one."""
+        return bool(self._dirty)
+
+    def take_dirty(self) -> dict[int, bytes]:
+        """Give page number -> the bytes to store, for all pages that changed.
+
+        Taken before the data is flushed: an object whose creation completes later is not in it.
+        """
+        taken, self._dirty = self._dirty, set()
+        pages = {}
+        for number in taken:
+            page = self.pages[number][:]
+            base = number * MAP_ENTRIES_PER_BLOCK
+            for entry in range(MAP_ENTRIES_PER_BLOCK):
+                if page[entry] and base + entry in self._creating:
+                    page[entry] = 0
+            pages[number] = _format(page)
+        return pages
+
+    def give_back(self, numbers: set[int]) -> None:
+        """Storing these pages failed: they are still dirty."""
+        self._dirty |= numbers
+
+    def forget_clean(self) -> None:
+        """Drop what is loaded, for a reader that must see what the holder stored since."""
+        self.pages = {n: p for n, p in self.pages.items() if n in self._dirty}
+
+
+def _parse(data: bytes) -> array[int]:
+    page = array("Q", data)
+    if sys.byteorder == "big":
+        page.byteswap()
+    if len(page) != MAP_ENTRIES_PER_BLOCK or max(page) > MAX_LAYER:
+        raise ProtocolError("a map page holds a layer that cannot be")
+    return page
+
+
+def _format(page: array[int]) -> bytes:
+    if sys.byteorder == "big":
+        page = page[:]
+        page.byteswap()
+    return page.tobytes()

@@ -1,0 +1,625 @@
+"""One open VDI: byte ranges in, object reads and changes out.
+
+Always holds:
+- Reads and writes are plain callbacks; a task is started only for what must wait (a map page, an
+  object whose replicas are not known to be equal, an attach, a member that cannot answer).
+- Data before map: a map page is stored only after what it names is durable on all members.
+- Nothing is changed before the attach is complete, that is before the old holder is fenced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+import trio
+
+from sheepfs.backend import Attributes, Done, ReadDone
+from sheepfs.core.errors import SheepError, UsageError, to_errno
+from sheepfs.core.geometry import (
+    BLOCK_SIZE,
+    MAX_VDI_SIZE,
+    OBJECT_SIZE,
+    data_object,
+    map_object,
+    object_count,
+    pg_of,
+    split,
+)
+from sheepfs.core.metadata import VdiRecord, check_vdi_size
+from sheepfs.core.wire import FLAG_CREATE, Buffer, Header, Op
+from sheepfs.net.attach import Attachment
+from sheepfs.net.link import Link, next_request
+from sheepfs.net.router import Router
+from sheepfs.objects import ObjectReader
+from sheepfs.replication import Completed, ObjectState, Replicator
+from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
+
+log = logging.getLogger(__name__)
+
+READER_MAP_S = 1.0
+"""A reader that does not hold the VDI looks at the map again after this."""
+FLUSH_EVERY_S = 5.0
+_ZEROS = bytes(OBJECT_SIZE)
+
+
+class Attacher(Protocol):
+    """The etcd side of holding a VDI (sheepfs.cluster)."""
+
+    async def attach(self, vdi: int) -> Attachment:
+        """Become the one holder; every node refuses the former one on return."""
+        ...
+
+    async def is_held(self, vdi: int) -> bool:
+        """Tell whether any mount holds the VDI."""
+        ...
+
+    async def save(self, attachment: Attachment, record: VdiRecord) -> None:
+        """Keep size and usage in etcd."""
+        ...
+
+    async def detach(self, attachment: Attachment, record: VdiRecord, *, clean: bool) -> None:
+        """Let others attach."""
+        ...
+
+
+class Volume:
+    """An open VDI of this mount; implements `sheepfs.backend.OpenVolume`."""
+
+    def __init__(
+        self,
+        name: str,
+        record: VdiRecord,
+        router: Router,
+        attacher: Attacher,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.name = name
+        self.record = record
+        self.handles = 0
+        self.replicator: Replicator | None = None
+        self.attachment: Attachment | None = None
+        self._router = router
+        self._attacher = attacher
+        self._nursery = nursery
+        self._size = record.size
+        self._saved_size = record.size
+        self._allocated = record.allocated
+        self._modified = record.modified
+        self._pool = record.copies
+        self._reader = ObjectReader(router, record.id, record.copies)
+        self._map = VdiMap(record.maps, self._load_map)
+        self._map_read = 0.0
+        self._converge = False
+        """The last holder did not detach: replicas are compared before the first read."""
+        self._attaching = trio.Lock()
+        self._flush_waiters: list[Done] = []
+        self._flush_wanted = trio.Event()
+        self._discarded: dict[int, int] = {}
+        """Objects made holes -> their last version; deleted once the map is durable."""
+        self._scope: trio.CancelScope | None = None
+
+    # -- what a file shows ------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Current size in bytes."""
+        return self._size
+
+    @property
+    def stalled(self) -> str:
+        """Why I/O does not move, or an empty string."""
+        return self.replicator.stalled if self.replicator else ""
+
+    def attributes(self) -> Attributes:
+        """Current attributes, with what is not yet in etcd."""
+        record = self.record
+        return Attributes(
+            record.id, self.name, self._size, max(self._allocated, 0), record.mode, record.uid,
+            record.gid, self._modified, record.changed,
+        )  # fmt: skip
+
+    # -- attach -----------------------------------------------------------------------------
+
+    async def attach(self) -> None:
+        """Become the one writer.
+
+        Raises:
+            HeldElsewhereError: another mount holds it; at once.
+        """
+        async with self._attaching:
+            if self.attachment is not None:
+                return
+            attachment = await self._attacher.attach(self.record.id)
+            record = attachment.record
+            self._size = self._saved_size = record.size
+            self._allocated = record.allocated
+            self.record = record
+            self._map = VdiMap(record.maps, self._load_map)
+            self._converge = not attachment.was_clean
+            self._discarded = {}
+            self._reader.token = attachment.token
+            self.replicator = Replicator(
+                self._router, self._nursery, record.id, record.copies, attachment.token,
+                attachment.generation,
+            )  # fmt: skip
+            self.attachment = attachment
+            self._scope = trio.CancelScope()
+            self._nursery.start_soon(self._background, self._scope)
+
+    async def _background(self, scope: trio.CancelScope) -> None:
+        replicator = self.replicator
+        if replicator is not None:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(replicator.run)
+                    nursery.start_soon(self._flusher)
+                    nursery.start_soon(self._flush_now_and_then)
+
+    async def detach(self) -> None:
+        """Flush everything and let other mounts attach.
+
+        Raises:
+            SheepError: not everything could be made durable; the VDI is let go all the same,
+                marked so that the next holder compares its replicas.
+        """
+        async with self._attaching:
+            attachment, replicator = self.attachment, self.replicator
+            if attachment is None or replicator is None:
+                return
+            problem: SheepError | None = None
+            if not replicator.fenced:
+                await replicator.settle()
+                try:
+                    await self._flushed()
+                except SheepError as error:
+                    problem = error
+            self.attachment = self.replicator = None
+            if self._scope:
+                self._scope.cancel()
+            replicator.close()
+            self._reader.token = 0
+            self._fail_flushes(errno.EIO)
+            self.record = self._current_record()
+            await self._attacher.detach(
+                attachment, self.record, clean=problem is None and not replicator.fenced
+            )
+            if problem is not None:
+                raise problem
+
+    def _current_record(self) -> VdiRecord:
+        return dataclasses.replace(
+            self.record,
+            size=self._size,
+            maps=self._map.existing,
+            allocated=max(self._allocated, 0),
+            modified=self._modified,
+        )
+
+    async def close(self) -> None:
+        """One file handle less; the last one flushes and detaches."""
+        self.handles -= 1
+        if not self.handles:
+            await self.detach()
+
+    def _later(
+        self, work: Callable[[], Coroutine[Any, Any, None]], fail: Callable[[int], None]
+    ) -> None:
+        """Do in a task what cannot be done at once; an error goes to `fail` as errno."""
+
+        async def task() -> None:
+            try:
+                await work()
+            except SheepError as error:
+                log.info("%s: %s", self.name, error)
+                fail(to_errno(error))
+
+        self._nursery.start_soon(task)
+
+    # -- reads ------------------------------------------------------------------------------
+
+    def read(self, offset: int, length: int, done: ReadDone) -> None:
+        """Read up to the end of the VDI; buffers are valid during `done` only."""
+        length = min(length, self._size - offset)
+        if length <= 0:
+            done(0, ())
+            return
+        if not self.attachment and not self._reader_map_is_good():
+            self._later(lambda: self._read_as_reader(offset, length, done), _failed(done))
+            return
+        index, within = divmod(offset, OBJECT_SIZE)
+        if within + length <= OBJECT_SIZE:
+            self._read_piece(index, within, length, done)
+            return
+        pieces = list(split(offset, length))
+        parts: list[Buffer] = [b""] * len(pieces)
+        left = len(pieces)
+        failed = 0
+
+        def part_done(i: int, code: int, buffers: Any) -> None:
+            nonlocal left, failed
+            parts[i] = b"".join(buffers)
+            failed = failed or code
+            left -= 1
+            if not left:
+                done(failed, () if failed else parts)
+
+        for i, (index, within, size) in enumerate(pieces):
+            self._read_piece(index, within, size, lambda c, b, i=i: part_done(i, c, b))  # type: ignore[misc]
+
+    def _read_piece(self, index: int, within: int, length: int, done: ReadDone) -> None:
+        layer = self._map.get(index)
+        if layer == 0:
+            done(0, (memoryview(_ZEROS)[:length],))
+            return
+        if layer is None:
+            self._later(lambda: self._load_and_read(index, within, length, done), _failed(done))
+            return
+        oid = data_object(layer, index)
+        replicator = self.replicator
+        if self._converge and replicator is not None:
+            state = replicator.state(oid)
+            if not state.ready:
+                self._later(
+                    lambda: self._open_and_read(replicator, state, within, length, done),
+                    _failed(done),
+                )
+                return
+        self._reader.read(oid, within, length, done, self._later)
+
+    async def _load_and_read(self, index: int, within: int, length: int, done: ReadDone) -> None:
+        await self._map.load(index)
+        self._read_piece(index, within, length, done)
+
+    async def _open_and_read(
+        self, replicator: Replicator, state: ObjectState, within: int, length: int, done: ReadDone
+    ) -> None:
+        await replicator.open(state)
+        self._reader.read(state.oid, within, length, done, self._later)
+
+    def _reader_map_is_good(self) -> bool:
+        return bool(self._map_read) and trio.current_time() - self._map_read < READER_MAP_S
+
+    async def _read_as_reader(self, offset: int, length: int, done: ReadDone) -> None:
+        """Without holding the VDI: after a crash of the holder, first converge (I2)."""
+        if not self.record.clean and not await self._attacher.is_held(self.record.id):
+            await self.attach()
+        self._map.forget_clean()
+        self._map_read = trio.current_time()
+        self.read(offset, length, done)
+
+    def refresh(self, name: str, record: VdiRecord) -> None:
+        """Take a record read from etcd, while this mount does not hold the VDI."""
+        self.name = name
+        if self.attachment is None and not self._attaching.locked():
+            self.record = record
+            self._size = self._saved_size = record.size
+            self._allocated = record.allocated
+            self._modified = record.modified
+            self._map.existing = record.maps
+        else:
+            self.record = dataclasses.replace(
+                self.record, mode=record.mode, uid=record.uid, gid=record.gid,
+                changed=record.changed,
+            )  # fmt: skip
+
+    async def _load_map(self, map_index: int, offset: int, length: int) -> bytes:
+        oid = map_object(self.record.layer, map_index)
+        if self._converge and self.replicator is not None:
+            await self.replicator.open(self.replicator.state(oid))
+        return await self._reader.fetch(oid, offset, length)
+
+    # -- writes -----------------------------------------------------------------------------
+
+    def write(self, offset: int, data: bytes, done: Done) -> None:
+        """Write; `done` when every current member accepted it (I7). Grows the VDI."""
+        end = offset + len(data)
+        if self.attachment is None:
+            self._later(lambda: self._attach_and_write(offset, data, done), done)
+            return
+        if end > MAX_VDI_SIZE:
+            done(errno.EFBIG)
+            return
+        self._modified = time.time()
+        index, within = divmod(offset, OBJECT_SIZE)
+        if within + len(data) <= OBJECT_SIZE:
+            self._write_piece(index, within, data, self._growing(end, done))
+            return
+        view = memoryview(data)
+        done = self._growing(end, done)
+        finish = countdown(len(list(split(offset, len(data)))), done)
+        start = 0
+        for index, within, size in split(offset, len(data)):
+            self._write_piece(index, within, view[start : start + size], finish)
+            start += size
+
+    def _growing(self, end: int, done: Done) -> Done:
+        """Only a write that succeeded moves the end of the file."""
+        if end <= self._size:
+            return done
+
+        def grown(code: int) -> None:
+            if not code:
+                self._size = max(self._size, end)
+            done(code)
+
+        return grown
+
+    async def _attach_and_write(self, offset: int, data: bytes, done: Done) -> None:
+        await self.attach()
+        self.write(offset, data, done)
+
+    def _write_piece(self, index: int, within: int, data: Buffer, done: Completed) -> None:
+        replicator = self.replicator
+        layer = self._map.get(index)
+        if replicator is None:
+            done(errno.EIO)
+        elif layer == self.record.layer:
+            oid = data_object(layer, index)
+            state = replicator.objects.get(oid) or replicator.state(oid)
+            replicator.change(state, Op.WRITE, within, len(data), data, done)
+        elif layer is None:
+            self._later(lambda: self._load_and_write(index, within, data, done), done)
+        elif layer == 0:
+            self._create(replicator, index, within, data, done)
+        else:
+            log.error("%s: object %d belongs to layer %d, not the VDI's", self.name, index, layer)
+            done(errno.EIO)
+
+    async def _load_and_write(self, index: int, within: int, data: Buffer, done: Completed) -> None:
+        await self._map.load(index)
+        self._write_piece(index, within, data, done)
+
+    def _create(
+        self, replicator: Replicator, index: int, within: int, data: Buffer, done: Completed
+    ) -> None:
+        """First write to a hole: the object is new, whatever a replica may have of that name."""
+        vdi_map = self._map
+        oid = data_object(self.record.layer, index)
+        state = replicator.state(oid)
+        state.ready = not state.opening
+        self._discarded.pop(oid, None)
+        self._allocated += OBJECT_SIZE
+        vdi_map.begin_create(index, self.record.layer)
+
+        def created(code: int) -> None:
+            vdi_map.end_create(index, not code)
+            if code:
+                self._allocated -= OBJECT_SIZE
+            done(code)
+
+        replicator.change(state, Op.WRITE, within, len(data), data, created, FLAG_CREATE)
+
+    # -- holes ------------------------------------------------------------------------------
+
+    async def punch(self, offset: int, length: int) -> None:
+        """Give back the space of a range; it reads as zeros."""
+        await self.attach()
+        length = min(length, self._size - offset)
+        if length <= 0:
+            return
+        self._modified = time.time()
+        for index, within, size in split(offset, length):
+            whole = within == 0 and (size == OBJECT_SIZE or offset + length >= self._size)
+            await self._punch_piece(index, within, OBJECT_SIZE if whole else size)
+
+    async def _punch_piece(self, index: int, within: int, size: int) -> None:
+        if self._map.get(index) is None:
+            await self._map.load(index)
+        layer = self._map.get(index)
+        replicator = self.replicator
+        if not layer or replicator is None:
+            return
+        oid = data_object(layer, index)
+        if size == OBJECT_SIZE:
+            state = replicator.state(oid)
+            if not state.ready:
+                await replicator.open(state)
+            self._map.discard(index)
+            self._discarded[oid] = state.version
+            self._allocated -= OBJECT_SIZE
+            return
+        await self._change(replicator, replicator.state(oid), Op.PUNCH, within, size, b"")
+
+    async def _change(
+        self, replicator: Replicator, state: ObjectState, op: int, offset: int, span: int,
+        payload: Buffer, flags: int = 0,
+    ) -> None:  # fmt: skip
+        await completion(
+            lambda done: replicator.change(state, op, offset, span, payload, done, flags)
+        )
+
+    async def resize(self, size: int) -> None:
+        """Cut or grow; what is cut is gone."""
+        check_vdi_size(size)
+        await self.attach()
+        if size < self._size:
+            await self.punch(size, self._size - size)
+        self._size = size
+        self._modified = time.time()
+        await self._save()
+
+    async def seek_data(self, offset: int) -> int | None:
+        """Give the first offset >= `offset` that may hold data; None if there is none."""
+        return await self._seek(offset, data=True)
+
+    async def seek_hole(self, offset: int) -> int:
+        """Give the first offset >= `offset` in a hole; the end counts as one."""
+        found = await self._seek(offset, data=False)
+        return self._size if found is None else found
+
+    async def _seek(self, offset: int, *, data: bool) -> int | None:
+        if not self.attachment and not self._reader_map_is_good():
+            self._map.forget_clean()
+            self._map_read = trio.current_time()
+        index = offset // OBJECT_SIZE
+        while index < object_count(self._size):
+            if self._map.get(index) is None:
+                await self._map.load(index)
+            layer = self._map.get(index)
+            base = index * OBJECT_SIZE
+            start = max(offset, base)
+            if not layer:
+                if not data:
+                    return start
+                index += 1
+                continue
+            oid = data_object(layer, index)
+            extents = int.from_bytes(await self._reader.extents(oid), "little")
+            for block in range((start - base) // BLOCK_SIZE, OBJECT_SIZE // BLOCK_SIZE):
+                if bool(extents >> block & 1) is data:
+                    found = max(start, base + block * BLOCK_SIZE)
+                    return found if found < self._size else None
+            index += 1
+        return None
+
+    # -- flush ------------------------------------------------------------------------------
+
+    def flush(self, done: Done) -> None:
+        """Make every write completed before this call durable on every member (I1)."""
+        replicator = self.replicator
+        if replicator is None:
+            done(0)
+            return
+        if replicator.fenced:
+            done(errno.EIO)
+            return
+        self._flush_waiters.append(done)
+        self._flush_wanted.set()
+
+    async def _flushed(self) -> None:
+        await completion(self.flush)
+
+    def _fail_flushes(self, code: int) -> None:
+        waiters, self._flush_waiters = self._flush_waiters, []
+        for done in waiters:
+            done(code)
+
+    async def _flush_now_and_then(self) -> None:
+        """Bound what a crash can lose, like a disk that empties its cache on its own."""
+        while True:
+            await trio.sleep(FLUSH_EVERY_S)
+            replicator = self.replicator
+            if replicator is not None and (replicator.dirty or self._map.is_dirty):
+                self.flush(lambda code: None)
+
+    async def _flusher(self) -> None:
+        """Flush for everyone who asked before it began."""
+        while True:
+            await self._flush_wanted.wait()
+            self._flush_wanted = trio.Event()
+            waiters, self._flush_waiters = self._flush_waiters, []
+            if not waiters:
+                continue
+            code = 0
+            try:
+                await self._flush_once()
+            except SheepError as error:
+                log.error("%s: flush failed: %s", self.name, error)
+                code = to_errno(error)
+            for done in waiters:
+                done(code)
+
+    async def _flush_once(self) -> None:
+        replicator = self.replicator
+        if replicator is None:
+            raise UsageError("the VDI is not attached")
+        layer = self.record.layer
+        pages = self._map.take_dirty()
+        discarded, self._discarded = self._discarded, {}
+        try:
+            await replicator.make_durable(layer)
+            if pages:
+                await self._store_pages(replicator, pages)
+                await replicator.make_durable(layer)
+        except BaseException:
+            self._map.give_back(set(pages))
+            self._discarded = {**discarded, **self._discarded}
+            raise
+        if self._size != self._saved_size or self._map.existing != self.record.maps:
+            await self._save()
+        for oid, version in discarded.items():
+            self._delete(replicator, oid, version)
+
+    async def _store_pages(self, replicator: Replicator, pages: dict[int, bytes]) -> None:
+        for number, page in sorted(pages.items()):
+            map_index, place = divmod(number, PAGES_PER_OBJECT)
+            state = replicator.state(map_object(self.record.layer, map_index))
+            flags = 0
+            if not self._map.existing >> map_index & 1:
+                flags = FLAG_CREATE
+                state.ready = not state.opening
+            await self._change(
+                replicator, state, Op.WRITE, place * BLOCK_SIZE, BLOCK_SIZE, page, flags
+            )
+            self._map.existing |= 1 << map_index
+
+    def _delete(self, replicator: Replicator, oid: int, version: int) -> None:
+        """Free a discarded object's space; best effort, the map does not name it any more."""
+        state = replicator.objects.get(oid)
+        if state is None or state.version != version or not state.ready:
+            return
+        del replicator.objects[oid]
+        pg = pg_of(oid, len(self._router.map.pools[self._pool]))
+        for node in self._router.map.pools[self._pool][pg].members:
+            if link := self._router.link(node):
+                link.request(
+                    Op.DELETE, next_request(), _ignore, prev=version, version=version + 1,
+                    **replicator.fields(oid, pg),
+                )  # fmt: skip
+
+    async def _save(self) -> None:
+        if self.attachment is not None:
+            record = self._current_record()
+            await self._attacher.save(self.attachment, record)
+            self.record = record
+            self._saved_size = record.size
+
+
+def _failed(done: ReadDone) -> Callable[[int], None]:
+    return lambda code: done(code, ())
+
+
+def _ignore(link: Link, header: Header | None, payload: memoryview | None) -> None:
+    """For requests that may fail without harm."""
+
+
+def countdown(parts: int, done: Completed) -> Completed:
+    """Give a callback to be called `parts` times; then `done` gets the first error."""
+    failed = 0
+
+    def part_done(code: int) -> None:
+        nonlocal parts, failed
+        failed = failed or code
+        parts -= 1
+        if not parts:
+            done(failed)
+
+    return part_done
+
+
+async def completion(start: Callable[[Completed], None]) -> None:
+    """Await a callback-style operation; its errno becomes an OperationError."""
+    finished = trio.Event()
+    outcome: list[int] = []
+
+    def done(code: int) -> None:
+        outcome.append(code)
+        finished.set()
+
+    start(done)
+    await finished.wait()
+    if outcome[0]:
+        raise OperationError(outcome[0])
+
+
+class OperationError(SheepError):
+    """A callback-style operation failed; the cause is in the log."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"failed with {errno.errorcode.get(code, code)}")
+        self.errno = code  # type: ignore[misc]

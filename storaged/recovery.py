@@ -1,0 +1,259 @@
+"""Catching up: bring this node's copies level with members that stayed, then join.
+
+Always holds:
+- The source is a `sync` member of the group's current epoch, never this node's own memory of who
+  had what (I8).
+- A copy is patched block by block to be equal to the source's at one version of it.
+- Strays (objects that the sync member does not have) go to quarantine, they are not deleted (I4).
+- `joined` is told to the leader only after everything patched is durable.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from sheepfs.core.clustermap import ClusterMap, PlacementGroup
+from sheepfs.core.errors import (
+    ObjectNotFoundError,
+    ProtocolError,
+    RecoveringError,
+    SheepError,
+    UnreachableError,
+)
+from sheepfs.core.geometry import describe_oid
+from sheepfs.core.wire import Op
+from sheepfs.net.link import Link
+from storaged.logic.catchup import Listed, plan
+from storaged.replica import Replica
+
+log = logging.getLogger(__name__)
+
+PULL_TIMEOUT_S = 5.0
+RETRY_DELAY_S = 0.1
+PARALLEL_GROUPS = 4
+PARALLEL_PULLS = 4
+BITMAP_SIZE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedGroup:
+    """A group that this node caught up with, as of the group's change in epoch `changed`."""
+
+    pool: int
+    pg: int
+    changed: int
+
+
+class Peers(Protocol):
+    """Live links to other nodes (sheepfs.net.router)."""
+
+    map: ClusterMap
+
+    def link(self, node: int) -> Link | None:
+        """The live link to a node's current incarnation, if there is one."""
+        ...
+
+
+class Recovery:
+    """Pulls objects from peers, for one node."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        peers: Peers,
+        tell_joined: Callable[[list[JoinedGroup]], Awaitable[None]],
+    ) -> None:
+        self._replica = replica
+        self._peers = peers
+        self._tell_joined = tell_joined
+        self._changed = trio.Event()
+        self._limit = trio.CapacityLimiter(PARALLEL_PULLS)
+        self.groups_left = 0
+
+    def map_changed(self) -> None:
+        """A new map is there: perhaps there is something to join."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Catch up whenever the map says that this node joins a group."""
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            while not await self._round():
+                with trio.move_on_after(RETRY_DELAY_S):
+                    await self._changed.wait()
+
+    def _joining(self) -> list[tuple[int, int, PlacementGroup]]:
+        node = self._replica.node
+        return [
+            (copies, number, group)
+            for copies, pgs in self._replica.map.pools.items()
+            for number, group in enumerate(pgs)
+            if node in group.joining
+        ]
+
+    async def _round(self) -> bool:
+        """Catch up with all groups to join; tells whether nothing is left to do."""
+        joining = self._joining()
+        self.groups_left = len(joining)
+        if not joining:
+            return True
+        done: list[JoinedGroup] = []
+        learned: set[int] = set()
+        queue = iter(joining)
+
+        async def worker() -> None:
+            for copies, number, group in queue:
+                try:
+                    await self._catch_up(copies, number, group, learned)
+                    done.append(JoinedGroup(copies, number, group.changed))
+                except SheepError as error:
+                    log.debug("group %d of pool %d must wait: %s", number, copies, error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(PARALLEL_GROUPS):
+                nursery.start_soon(worker)
+        if done:
+            await self._replica.flush_store(None)
+            await self._tell_joined(done)
+        # Not finished until the leader's next map says so.
+        return False
+
+    async def _catch_up(
+        self, copies: int, number: int, group: PlacementGroup, learned: set[int]
+    ) -> None:
+        source = self._source(group)
+        if source.node not in learned:
+            known = await source.call_json(Op.LIST, timeout_s=PULL_TIMEOUT_S)
+            await self._replica.learn_tokens({int(v): int(t) for v, t in known.items()})
+            learned.add(source.node)
+        rows = await source.call_json(
+            Op.LIST,
+            pool=copies,
+            pg=number,
+            epoch=self._replica.map.epoch,
+            timeout_s=PULL_TIMEOUT_S,
+        )
+        try:
+            theirs = [Listed(int(o), int(v), int(li), bool(s)) for o, v, li, s in rows]
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"node {source.node} sent a bad list: {error}") from error
+        store = self._replica.store
+        ours = store.list(copies, number, len(self._replica.map.pools[copies]))
+        todo = plan(ours, theirs, self._replica.fresh)
+        self._replica.fresh.update(todo.equal)
+        async with trio.open_nursery() as nursery:
+            for oid in todo.pull:
+                await self._limit.acquire_on_behalf_of(oid)
+                nursery.start_soon(self._pull_one, oid, copies, number)
+        if missing := [oid for oid in todo.pull if oid not in self._replica.fresh]:
+            raise RecoveringError(f"{len(missing)} objects could not be pulled yet")
+        for oid in todo.strays:
+            if oid not in self._replica.fresh and not self._replica.is_held(oid):
+                store.quarantine(oid)
+                log.info("%s: no sync member has it; quarantined", describe_oid(oid))
+
+    async def _pull_one(self, oid: int, copies: int, number: int) -> None:
+        try:
+            if oid in self._replica.fresh or self._replica.is_held(oid):
+                # A write got here first and pulls it; the next round sees the result.
+                return
+            self._replica.hold(oid)
+            try:
+                await self.pull(oid, copies, number)
+            except SheepError as error:
+                log.info("%s: cannot be pulled yet: %s", describe_oid(oid), error)
+            finally:
+                self._replica.release(oid)
+        finally:
+            self._limit.release_on_behalf_of(oid)
+
+    def _source(self, group: PlacementGroup, wanted: int | None = None) -> Link:
+        """Give a live link to a sync member other than this node."""
+        for node in group.sync if wanted is None else (wanted,):
+            link = self._peers.link(node)
+            if node != self._replica.node and node in group.sync and link is not None:
+                return link
+        raise UnreachableError("no sync member of the group can be reached")
+
+    async def pull(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:
+        """Make the local copy of a held object equal to a sync member's.
+
+        Durability: none until the next flush. Cancellation: the copy may be half patched; it is
+        marked, so after a restart it counts as suspect. Ordering: the caller holds the object.
+
+        Raises:
+            SheepError: no sync member gave it (the last one's reason).
+        """
+        group = self._replica.map.pools[pool][pg]
+        candidates = [n for n in group.sync if n != self._replica.node]
+        problem: SheepError = UnreachableError("the group has no other sync member")
+        for node in candidates if source is None else [source]:
+            try:
+                await self._pull_from(self._source(group, node), oid, pool, pg, source is not None)
+                return
+            except SheepError as error:
+                problem = error
+        raise problem
+
+    async def _pull_from(self, link: Link, oid: int, pool: int, pg: int, exact: bool) -> None:
+        replica, store = self._replica, self._replica.store
+        hashes = await trio.to_thread.run_sync(store.digests, oid)
+        try:
+            header, body = await link.call(
+                Op.PULL,
+                hashes,
+                oid=oid,
+                pool=pool,
+                pg=pg,
+                epoch=replica.map.epoch,
+                timeout_s=PULL_TIMEOUT_S,
+            )
+        except ObjectNotFoundError:
+            if replica.node in replica.map.pools[pool][pg].joining and store.get(oid) is not None:
+                store.quarantine(oid)
+            replica.fresh.add(oid)
+            raise
+        own = store.get(oid)
+        trusted = own is not None and not own.suspect and self._is_trusted(oid, pool, pg)
+        if own is not None and trusted and header.version < own.version and not exact:
+            # The peer has yet to get a write that this node acknowledged: never go back.
+            raise RecoveringError(f"node {link.node} is behind for {describe_oid(oid)}")
+        differs, zero, data = body[:BITMAP_SIZE], body[BITMAP_SIZE : 2 * BITMAP_SIZE], body[256:]
+        if len(body) < 2 * BITMAP_SIZE:
+            raise ProtocolError(f"node {link.node} answered a pull with {len(body)} bytes")
+        if not store.is_marked(oid):
+            await trio.to_thread.run_sync(store.mark, [oid])
+        await trio.to_thread.run_sync(
+            lambda: store.patch(
+                oid, header.version, header.span, differs, zero, data, pool=pool, pg=pg
+            )
+        )
+        replica.fresh.add(oid)
+        replica.counters.pulled_objects += 1
+        replica.counters.pulled_bytes += len(data)
+        if own is not None and trusted:
+            replica.counters.repaired_blocks += sum(map(int.bit_count, differs))
+
+    def _is_trusted(self, oid: int, pool: int, pg: int) -> bool:
+        group = self._replica.map.pools[pool][pg]
+        return self._replica.node in group.sync or oid in self._replica.fresh
+
+
+def parse_joined(content: object) -> list[JoinedGroup]:
+    """Parse a JOINED request's list of [pool, pg, changed] (ProtocolError if it is none)."""
+    try:
+        return [JoinedGroup(int(p), int(g), int(c)) for p, g, c in content]  # type: ignore[attr-defined]
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"not a list of joined groups: {error}") from error
+
+
+def encode_joined(groups: list[JoinedGroup]) -> bytes:
+    """Give the payload of a JOINED request."""
+    return json.dumps([[g.pool, g.pg, g.changed] for g in groups]).encode()

@@ -1,0 +1,518 @@
+"""What a node does with each request on its objects: the table of operations and their handlers.
+
+Always holds:
+- Every request passes the gate at the moment it is carried out, also when it had to wait.
+- Requests on one object are carried out in the order in which they came; while an object is
+  `held` (being marked, pulled or laundered) they queue.
+- A write applies only on the version it names; a later version already there means that it was
+  applied before (a retry), since each version builds on the one before.
+- A joining node trusts none of its objects until they were compared with a sync member (`fresh`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import trio
+
+from sheepfs.core.clustermap import ClusterMap
+from sheepfs.core.errors import CorruptError, DiskError, RecoveringError, SheepError, Status
+from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
+from sheepfs.core.wire import FLAG_CREATE, HEADER_SIZE, Buffer, Header, Op
+from storaged.logic.gate import Refusal, Role, check_epoch, check_token, check_write_token
+from storaged.store.objects import ObjectStore
+
+log = logging.getLogger(__name__)
+
+HASH_TABLE_SIZE = 8192
+
+
+class Client(Protocol):
+    """The connection that a request came from (storaged.server)."""
+
+    def reply(
+        self, header: Header, payload: Buffer = b"", status: Status = Status.OK, **fields: int
+    ) -> None:
+        """Queue the reply to a request."""
+        ...
+
+    def hold(self, size_bytes: int) -> None:
+        """Count memory held for the client."""
+        ...
+
+
+class Puller(Protocol):
+    """Brings an object level with a sync member's (storaged.recovery)."""
+
+    async def pull(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:
+        """Make the local copy equal to a sync member's. Raises SheepError if none can give it."""
+        ...
+
+
+class _Request(NamedTuple):
+    client: Client
+    header: Header
+    payload: bytes
+
+
+class Counters:
+    """Events since the start, shown in STATUS."""
+
+    def __init__(self) -> None:
+        self.corrupt_blocks = 0
+        self.repaired_blocks = 0
+        self.laundered_objects = 0
+        self.pulled_objects = 0
+        self.pulled_bytes = 0
+
+
+class Replica:
+    """The operations on one node's objects."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        node: int,
+        incarnation: int,
+        nursery: trio.Nursery,
+        on_disk_error: Callable[[SheepError], None],
+    ) -> None:
+        self.store = store
+        self.node = node
+        self.incarnation = incarnation
+        self.map = ClusterMap(0, "")
+        self.tokens = store.tokens()
+        self.fresh: set[int] = set()
+        self.counters = Counters()
+        self.puller: Puller | None = None
+        self._nursery = nursery
+        self._on_disk_error = on_disk_error
+        self._held: dict[int, deque[_Request]] = {}
+        self._to_mark: list[int] = []
+        self._mark_wanted = trio.Event()
+        self._flushes: list[_Request] = []
+        self._flush_wanted = trio.Event()
+        self.handlers: dict[int, Callable[[Client, Header, Buffer], None]] = {
+            Op.READ: self._read,
+            Op.WRITE: self._change,
+            Op.PUNCH: self._change,
+            Op.DELETE: self._change,
+            Op.FLUSH: self._flush,
+            Op.STAT: self._stat,
+            Op.EXTENTS: self._extents,
+            Op.PULL: self._pull,
+            Op.REPAIR: self._repair,
+            Op.LIST: self._list,
+            Op.FENCE: self._fence,
+        }
+
+    async def run(self) -> None:
+        """Mark and flush for all requests; runs as long as the daemon."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._marker)
+            nursery.start_soon(self._flusher)
+
+    def set_map(self, cluster_map: ClusterMap) -> None:
+        """Take a newer map; groups that this node is not joining any more need no `fresh`."""
+        self.map = cluster_map
+        if not any(
+            self.node in group.joining for pgs in cluster_map.pools.values() for group in pgs
+        ):
+            self.fresh.clear()
+
+    # -- dispatch ---------------------------------------------------------------------------
+
+    def handle(self, client: Client, header: Header, payload: Buffer) -> None:
+        """Carry out one request, now or when its object is free; always ends in one reply."""
+        held = self._held.get(header.oid)
+        if held is not None and header.op != Op.READ:
+            self._queue(held, client, header, payload)
+            return
+        try:
+            self.handlers[header.op](client, header, payload)
+        except Refusal as refusal:
+            self._refuse(client, header, refusal)
+        except SheepError as error:
+            self._fail(client, header, error)
+
+    def _queue(
+        self, held: deque[_Request], client: Client, header: Header, payload: Buffer
+    ) -> None:
+        client.hold(HEADER_SIZE + len(payload))
+        held.append(_Request(client, header, bytes(payload)))
+
+    def _refuse(self, client: Client, header: Header, refusal: Refusal) -> None:
+        body: Buffer = str(refusal).encode()
+        if refusal.status is Status.STALE_EPOCH:
+            body = self.map.encoded
+        client.reply(header, body, refusal.status, epoch=self.map.epoch)
+
+    def _fail(self, client: Client, header: Header, error: SheepError) -> None:
+        if isinstance(error, DiskError):
+            self._on_disk_error(error)
+        client.reply(header, str(error).encode(), error.status, version=self._version(header.oid))
+
+    def _version(self, oid: int) -> int:
+        try:
+            entry = self.store.get(oid)
+        except SheepError:
+            return 0
+        return entry.version if entry else 0
+
+    def _gate(self, header: Header) -> Role:
+        me = self.map.nodes.get(self.node)
+        if me is None or me.incarnation != self.incarnation:
+            # A restarted node must not act on what the map says of its former self (I8).
+            raise Refusal(Status.BUSY, f"node {self.node} has just started and is not in the map")
+        return check_epoch(header, self.map, self.node)
+
+    def _gate_sync(self, header: Header) -> None:
+        if self._gate(header) is not Role.SYNC:
+            raise Refusal(Status.NOT_MEMBER, f"node {self.node} has not caught up yet")
+
+    # -- holding objects --------------------------------------------------------------------
+
+    def hold(self, oid: int) -> None:
+        """Make later requests on an object wait until `release`."""
+        self._held.setdefault(oid, deque())
+
+    def is_held(self, oid: int) -> bool:
+        """Tell whether requests on an object are waiting for something."""
+        return oid in self._held
+
+    def release(self, oid: int) -> None:
+        """Carry out what waited for the object; one of them may hold it again."""
+        for client, header, payload in self._held.pop(oid, ()):
+            client.hold(-HEADER_SIZE - len(payload))
+            self.handle(client, header, payload)
+
+    def fail_held(self, oid: int, error: SheepError) -> None:
+        """Answer what waited for the object with an error."""
+        for client, header, payload in self._held.pop(oid, ()):
+            client.hold(-HEADER_SIZE - len(payload))
+            self._fail(client, header, error)
+
+    def _after(
+        self, work: Callable[[int], Any], client: Client, header: Header, payload: Buffer
+    ) -> None:
+        """Hold the object, let `work(oid)` (async) run, then carry out the request again."""
+        oid = header.oid
+        self.hold(oid)
+        self._queue(self._held[oid], client, header, payload)
+
+        async def task() -> None:
+            try:
+                await work(oid)
+            except SheepError as error:
+                log.warning("object %s: %s", describe_oid(oid), error)
+                self.fail_held(oid, error)
+            else:
+                self.release(oid)
+
+        self._nursery.start_soon(task)
+
+    # -- reads ------------------------------------------------------------------------------
+
+    def _read(self, client: Client, header: Header, payload: Buffer) -> None:
+        check_token(header, self.tokens)
+        self._gate_sync(header)
+        check_range(header)
+        try:
+            data = self.store.read(header.oid, header.offset, header.span, wait=False)
+        except RecoveringError:
+            self._when_trusted(client, header, payload)
+            return
+        except CorruptError as error:
+            self._corrupt(header, error)
+            raise
+        if data is None:
+            client.hold(header.span)
+            self._nursery.start_soon(self._cold_read, client, header)
+        else:
+            client.reply(header, as_buffer(data))
+
+    async def _cold_read(self, client: Client, header: Header) -> None:
+        def read() -> Buffer:
+            data = self.store.read(header.oid, header.offset, header.span, wait=True)
+            return as_buffer(b"" if data is None else data)
+
+        try:
+            client.reply(header, await trio.to_thread.run_sync(read))
+        except SheepError as error:
+            if isinstance(error, CorruptError):
+                self._corrupt(header, error)
+            self._fail(client, header, error)
+        finally:
+            client.hold(-header.span)
+
+    def _corrupt(self, header: Header, error: CorruptError) -> None:
+        """A bad block: the reader goes to another replica, and this copy mends itself (I11)."""
+        oid = header.oid
+        if self.is_held(oid):
+            return
+        self.counters.corrupt_blocks += 1
+        log.error("%s: %s; repairing it from a peer", describe_oid(oid), error)
+        self.hold(oid)
+        self._nursery.start_soon(self._repair_held, oid, header.pool, header.pg)
+
+    async def _repair_held(self, oid: int, pool: int, pg: int) -> None:
+        try:
+            await self._bring_level(oid, pool, pg)
+        except SheepError as error:
+            log.error("%s: no replica could repair it: %s", describe_oid(oid), error)
+        self.release(oid)
+
+    async def _bring_level(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:
+        if self.puller is None:
+            raise RecoveringError("this node has no way to reach its peers yet")
+        await self.puller.pull(oid, pool, pg, source)
+
+    def _when_trusted(self, client: Client, header: Header, payload: Buffer) -> None:
+        """A suspect on a sync node: nobody stayed that could know better, so it is the truth."""
+        held = self._held.get(header.oid)
+        if held is not None:
+            self._queue(held, client, header, payload)
+        else:
+            self._after(self._launder, client, header, payload)
+
+    async def _launder(self, oid: int) -> None:
+        await trio.to_thread.run_sync(self.store.launder, oid, self.map.epoch)
+        self.counters.laundered_objects += 1
+        log.info("%s: was written when the node stopped; taken as it is", describe_oid(oid))
+
+    # -- changes ----------------------------------------------------------------------------
+
+    def _change(self, client: Client, header: Header, payload: Buffer) -> None:
+        check_write_token(header, self.tokens)
+        role = self._gate(header)
+        check_range(header)
+        oid = header.oid
+        entry = self.store.get(oid)
+        create = bool(header.flags & FLAG_CREATE) and header.op == Op.WRITE
+        if create and not (entry and entry.version >= header.version and not entry.suspect):
+            pass
+        elif role is Role.JOINING and oid not in self.fresh:
+            self._after(
+                lambda oid: self._bring_level(oid, header.pool, header.pg), client, header, payload
+            )
+            return
+        elif entry is None:
+            if header.op == Op.DELETE:
+                client.reply(header)
+                return
+            raise Refusal(Status.STALE_OBJECT, f"{describe_oid(oid)} is not here")
+        elif entry.suspect:
+            self._after(self._launder, client, header, payload)
+            return
+        elif entry.version >= header.version:
+            client.reply(header, version=entry.version)
+            return
+        elif entry.version != header.prev:
+            client.reply(
+                header,
+                f"{describe_oid(oid)} is at version {entry.version:x}".encode(),
+                Status.STALE_OBJECT,
+                version=entry.version,
+            )
+            return
+        if not self.store.is_marked(oid):
+            self.hold(oid)
+            self._queue(self._held[oid], client, header, payload)
+            self._to_mark.append(oid)
+            self._mark_wanted.set()
+            return
+        self._apply(header, payload, create)
+        if role is Role.JOINING:
+            self.fresh.add(oid)
+        client.reply(header)
+
+    def _apply(self, header: Header, payload: Buffer, create: bool) -> None:
+        if header.op == Op.WRITE:
+            if len(payload) != header.span:
+                raise Refusal(Status.BAD_REQUEST, "a write's payload is not as long as its span")
+            self.store.write(
+                header.oid,
+                header.offset,
+                payload,
+                header.version,
+                create=create,
+                pool=header.pool,
+                pg=header.pg,
+            )
+        elif header.op == Op.PUNCH:
+            self.store.punch(header.oid, header.offset, header.span, header.version)
+        else:
+            self.store.delete(header.oid)
+
+    async def _marker(self) -> None:
+        """Mark objects dirty on disk before their first write; one fdatasync for all waiting."""
+        while True:
+            await self._mark_wanted.wait()
+            self._mark_wanted = trio.Event()
+            oids, self._to_mark = self._to_mark, []
+            try:
+                await trio.to_thread.run_sync(self.store.mark, oids)
+            except SheepError as error:
+                self._on_disk_error(error)
+                for oid in oids:
+                    self.fail_held(oid, error)
+                continue
+            for oid in oids:
+                self.release(oid)
+
+    # -- flush ------------------------------------------------------------------------------
+
+    def _flush(self, client: Client, header: Header, payload: Buffer) -> None:
+        check_token(header, self.tokens)
+        self._flushes.append(_Request(client, header, b""))
+        self._flush_wanted.set()
+
+    async def _flusher(self) -> None:
+        """Flush for everyone who asked before it began: concurrent flushes share one."""
+        while True:
+            await self._flush_wanted.wait()
+            self._flush_wanted = trio.Event()
+            flushes, self._flushes = self._flushes, []
+            layers = {request.header.version for request in flushes}
+            try:
+                await self.flush_store(layers.pop() if len(layers) == 1 else None)
+            except SheepError as error:
+                for client, header, _ in flushes:
+                    self._fail(client, header, error)
+                continue
+            for client, header, _ in flushes:
+                client.reply(header)
+
+    async def flush_store(self, layer: int | None) -> None:
+        """Make every change applied before this call durable (of one layer, or all).
+
+        Durability: all of it, on return. Raises DiskError, for good: the node must leave (I5).
+        """
+        job = self.store.begin_flush(layer or None)
+        if job is not None:
+            try:
+                await trio.to_thread.run_sync(job.run)
+            except SheepError as error:
+                self._on_disk_error(error)
+                raise
+            self.store.end_flush(job)
+        if self.store.needs_trim:
+            self.store.trim_marks()
+
+    # -- comparing and mending ---------------------------------------------------------------
+
+    def _stat(self, client: Client, header: Header, payload: Buffer) -> None:
+        check_token(header, self.tokens)
+        self._gate_sync(header)
+        entry = self.store.get(header.oid)
+        if entry is None:
+            raise Refusal(Status.NOT_FOUND, f"{describe_oid(header.oid)} is not here")
+        if entry.suspect:
+            self._when_trusted(client, header, payload)
+            return
+        body = b""
+        if header.flags:
+            digest = self.store.digest(header.oid)
+            body = json.dumps({"digest": digest, "lineage": entry.lineage}).encode()
+        client.reply(header, body, version=entry.version, span=entry.lineage)
+
+    def _extents(self, client: Client, header: Header, payload: Buffer) -> None:
+        check_token(header, self.tokens)
+        self._gate_sync(header)
+        client.reply(header, self.store.extents(header.oid))
+
+    def _pull(self, client: Client, header: Header, payload: Buffer) -> None:
+        """A peer sends the hashes of its blocks and gets those that differ."""
+        self._gate_sync(header)
+        if len(payload) != HASH_TABLE_SIZE:
+            raise Refusal(Status.BAD_REQUEST, "a pull carries 8192 bytes of block hashes")
+        entry = self.store.get(header.oid)
+        if entry is None:
+            raise Refusal(Status.NOT_FOUND, f"{describe_oid(header.oid)} is not here")
+        if entry.suspect:
+            self._when_trusted(client, header, payload)
+            return
+        self.hold(header.oid)
+        self._nursery.start_soon(self._export, client, header, bytes(payload))
+
+    async def _export(self, client: Client, header: Header, hashes: bytes) -> None:
+        oid = header.oid
+        try:
+            found = await trio.to_thread.run_sync(self.store.difference, oid, hashes)
+            body = b"".join((found.differs, found.zero, *found.blocks))
+            client.reply(header, body, version=found.version, span=found.lineage)
+        except SheepError as error:
+            self._fail(client, header, error)
+        finally:
+            self.release(oid)
+
+    def _repair(self, client: Client, header: Header, payload: Buffer) -> None:
+        """A holder found this copy missing, bad or behind: level it with node `span` (0: any)."""
+        check_token(header, self.tokens)
+        self._gate(header)
+        self.hold(header.oid)
+        self._nursery.start_soon(self._repair_for, client, header)
+
+    async def _repair_for(self, client: Client, header: Header) -> None:
+        oid = header.oid
+        missing = self.store.get(oid) is None
+        try:
+            await self._bring_level(oid, header.pool, header.pg, header.span or None)
+            client.reply(header, version=self._version(oid))
+            if missing:
+                self.counters.repaired_blocks += 1
+                log.error("%s: was missing here; restored from a peer", describe_oid(oid))
+        except SheepError as error:
+            self._fail(client, header, error)
+        finally:
+            self.release(oid)
+
+    def _list(self, client: Client, header: Header, payload: Buffer) -> None:
+        """Objects and versions of one group, for a node that joins it; pool 0: the tokens."""
+        if header.pool == 0:
+            client.reply(header, json.dumps(self.tokens).encode())
+            return
+        self._gate_sync(header)
+        found = self.store.list(header.pool, header.pg, len(self.map.pools[header.pool]))
+        rows = [[o.oid, o.version, o.lineage, int(o.suspect)] for o in found]
+        client.reply(header, json.dumps(rows, separators=(",", ":")).encode())
+
+    # -- fencing ----------------------------------------------------------------------------
+
+    def _fence(self, client: Client, header: Header, payload: Buffer) -> None:
+        """From now on refuse every token of the VDI below this one, for good."""
+        check_write_token(header, self.tokens)
+        # In memory first: not one more old write while the disk is busy making it durable.
+        self.tokens[header.vdi] = max(header.token, self.tokens.get(header.vdi, 0))
+        self._nursery.start_soon(self._fence_durably, client, header)
+
+    async def _fence_durably(self, client: Client, header: Header) -> None:
+        try:
+            await trio.to_thread.run_sync(self.store.set_token, header.vdi, header.token)
+            client.reply(header)
+        except SheepError as error:
+            self._fail(client, header, error)
+
+    async def learn_tokens(self, tokens: dict[int, int]) -> None:
+        """Take over the fences that a peer knows, before serving anything with it."""
+        for vdi, token in tokens.items():
+            if token > self.tokens.get(vdi, 0):
+                self.tokens[vdi] = token
+                await trio.to_thread.run_sync(self.store.set_token, vdi, token)
+
+
+def check_range(header: Header) -> None:
+    """Refuse a range outside the object."""
+    if header.offset + header.span > OBJECT_SIZE:
+        raise Refusal(
+            Status.BAD_REQUEST, f"range {header.offset}+{header.span} is beyond the object's end"
+        )
+
+
+def as_buffer(data: Buffer | Sequence[Buffer]) -> Buffer:
+    """Join what the store gave in pieces."""
+    return b"".join(data) if isinstance(data, list | tuple) else data  # type: ignore[return-value]

@@ -1,0 +1,194 @@
+"""The daemon's port: greets clients, hands their requests to the table of operations.
+
+Always holds:
+- Nothing of a connection is believed before its greeting names this cluster and protocol.
+- What a client can make the daemon hold (requests waiting, replies not taken) is bounded: past
+  `MAX_HELD_BYTES` its socket is not read until it takes its replies.
+- A client that sends anything but this protocol is disconnected, with one log line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import socket as stdlib_socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from sheepfs.core.clustermap import ClusterMap
+from sheepfs.core.errors import ProtocolError, SheepError, Status, UsageError, WrongClusterError
+from sheepfs.core.wire import MAX_FRAME, REPLY, Buffer, Header, Op
+from sheepfs.net.connection import Connection, Greeting, check_greeting
+
+log = logging.getLogger(__name__)
+
+MAX_HELD_BYTES = 32 << 20
+HELLO_TIMEOUT_S = 5.0
+MAX_CONNECTIONS = 4096
+
+Handler = Callable[["ClientConnection", Header, Buffer], None]
+
+
+class ClientConnection:
+    """One client's connection, as the handlers see it."""
+
+    def __init__(self, connection: Connection, peer: str) -> None:
+        self.connection = connection
+        self.peer = peer
+        self.name = ""
+        self.wants_maps = False
+        self.last_request = 0
+        self.hold = connection.hold
+
+    def reply(
+        self, header: Header, payload: Buffer = b"", status: Status = Status.OK, **fields: int
+    ) -> None:
+        """Queue the reply to a request."""
+        self.connection.send(header.op | REPLY, header.request, payload, status=status, **fields)
+
+    def reply_json(self, header: Header, content: Any) -> None:
+        """Queue a reply whose payload is JSON."""
+        self.reply(header, json.dumps(content, separators=(",", ":")).encode())
+
+
+class Server:
+    """Serves all connections of one daemon.
+
+    Args:
+        cluster: the cluster's unique id.
+        handlers: operation -> handler; each must see to exactly one reply.
+        greet: gives what this node says of itself in a greeting (node, incarnation, epoch).
+    """
+
+    def __init__(
+        self,
+        cluster: str,
+        handlers: dict[int, Handler],
+        greet: Callable[[], dict[str, Any]],
+    ) -> None:
+        self.cluster = cluster
+        self.handlers = handlers
+        self.clients: set[ClientConnection] = set()
+        self._greet = greet
+
+    def publish(self, cluster_map: ClusterMap) -> None:
+        """Send a new map to every client that asked for maps."""
+        for client in self.clients:
+            if client.wants_maps:
+                client.connection.send(Op.MAP | REPLY, 0, cluster_map.encoded)
+
+    async def serve(self, listeners: Sequence[trio.SocketListener]) -> None:
+        """Accept connections until cancelled."""
+        await trio.serve_listeners(self._serve_one, list(listeners))
+
+    async def _serve_one(self, stream: trio.SocketStream) -> None:
+        sock = stream.socket
+        try:
+            peer = "{}:{}".format(*sock.getpeername()[:2])
+        except OSError:
+            return
+        client = ClientConnection(Connection(sock), peer)
+        try:
+            if len(self.clients) >= MAX_CONNECTIONS:
+                log.warning("refused %s: %d connections are open", peer, len(self.clients))
+                return
+            with trio.move_on_after(HELLO_TIMEOUT_S) as deadline:
+                await client.connection.receive(lambda h, p: self._hello(client, h, p), one=True)
+            if deadline.cancelled_caught:
+                raise ProtocolError("no greeting in time")
+            await self._converse(client)
+        except ProtocolError as error:
+            log.warning("disconnected %s: %s", peer, error)
+        except WrongClusterError as error:
+            log.warning("refused %s: %s", peer, error)
+            with suppress(OSError), trio.move_on_after(1):
+                await client.connection.flush()
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # The client went away; nothing was promised to it that is not kept.
+        finally:
+            self.clients.discard(client)
+            client.connection.close()
+
+    async def _converse(self, client: ClientConnection) -> None:
+        if not client.name:
+            return
+        for other in list(self.clients):
+            if other.name == client.name:
+                # What the old connection still has in flight must not be applied behind the
+                # new one's requests.
+                other.connection.close()
+        self.clients.add(client)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write, client)
+            await client.connection.receive(lambda h, p: self._dispatch(client, h, p))
+            nursery.cancel_scope.cancel()
+
+    async def _write(self, client: ClientConnection) -> None:
+        # The reader sees the same break and ends the connection.
+        with suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+            await client.connection.run_writer()
+
+    def _hello(self, client: ClientConnection, header: Header, payload: Buffer) -> None:
+        if header.op != Op.HELLO:
+            raise ProtocolError(f"operation {header.op} before the greeting")
+        greeting = Greeting.parse(payload)
+        try:
+            check_greeting(greeting, self.cluster)
+        except WrongClusterError as error:
+            client.reply(header, str(error).encode(), Status.WRONG_CLUSTER)
+            raise
+        client.name = str(greeting.get("client", ""))[:128] or secrets.token_hex(8)
+        client.wants_maps = bool(greeting.get("maps"))
+        session = secrets.randbits(62) | 1
+        client.reply_json(header, {**self._greet(), "session": session})
+        client.connection.session = session
+        client.connection.frame_limit = MAX_FRAME
+        client.connection.pause_above_bytes = MAX_HELD_BYTES
+
+    def _dispatch(self, client: ClientConnection, header: Header, payload: memoryview) -> None:
+        if header.request <= client.last_request:
+            raise ProtocolError(f"request {header.request} after {client.last_request}: a replay?")
+        client.last_request = header.request
+        handler = self.handlers.get(header.op)
+        if handler is None:
+            client.reply(
+                header, f"operation {header.op} is unknown here".encode(), Status.BAD_REQUEST
+            )
+            return
+        try:
+            handler(client, header, payload)
+        except SheepError as error:
+            client.reply(header, str(error).encode(), error.status)
+
+    def statistics(self) -> dict[str, int]:
+        """Connections and bytes held for them."""
+        held = sum(client.connection.queued_bytes for client in self.clients)
+        return {"connections": len(self.clients), "held_bytes": held}
+
+
+def json_object(payload: Buffer) -> dict[str, Any]:
+    """Parse a control request's payload (UsageError if it is no JSON object)."""
+    try:
+        content = json.loads(bytes(payload))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"payload is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError("payload is not a JSON object")
+    return content
+
+
+async def listen(address: str) -> list[trio.SocketListener]:
+    """Listen at `ADDR:PORT`; port 0 takes a free one.
+
+    Raises:
+        UsageError: the address cannot be listened at; says why.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        return list(await trio.open_tcp_listeners(int(port), host=host.strip("[]") or None))
+    except (OSError, ValueError, stdlib_socket.gaierror) as error:
+        raise UsageError(f"cannot listen at {address}: {error}") from error
