@@ -260,7 +260,7 @@ class Replicator:
         elif status in _DISAGREE:
             self._reopen(change.state)
         elif status == Status.FENCED:
-            self._fence(describe(bytes(payload or b"")))
+            self.fence(describe(bytes(payload or b"")))
         elif status == Status.NO_SPACE:
             self._no_space(change)
         elif status in (Status.BAD_REQUEST, Status.WRONG_CLUSTER):
@@ -301,7 +301,8 @@ class Replicator:
     def _changes_of(self, state: ObjectState) -> list[Change]:
         return [change for change in self._inflight if change.state is state]
 
-    def _fence(self, reason: str) -> None:
+    def fence(self, reason: str) -> None:
+        """Another holder took over: everything under way fails, and all that comes."""
         if not self.fenced:
             log.error("VDI %d: %s; its I/O fails from now on", self.vdi, reason)
         self.fenced = True
@@ -428,7 +429,7 @@ class Replicator:
                 with trio.move_on_after(RETRY_S):
                     await self.router.wait_map()
         except FencedError as error:
-            self._fence(str(error))
+            self.fence(str(error))
             code = errno.EIO
         except SheepError as error:
             log.error("%s: %s", describe_oid(state.oid), error)
@@ -457,10 +458,13 @@ class Replicator:
         if not all(links) or not cluster_map.writable(self.pool, state.pg):
             return False
         found: dict[int, tuple[int, int] | None] = {}
+        refused: list[SheepError] = []
         async with trio.open_nursery() as nursery:
             for link in links:
                 if link is not None:
-                    nursery.start_soon(self._stat, link, state, found)
+                    nursery.start_soon(self._stat, link, state, found, refused)
+        if refused:
+            raise refused[0]
         if len(found) < len(group.sync) or self.router.map.pools[self.pool][state.pg] != group:
             return False
         copies = {node: copy for node, copy in found.items() if copy is not None}
@@ -482,7 +486,11 @@ class Replicator:
         return False
 
     async def _stat(
-        self, link: Link, state: ObjectState, found: dict[int, tuple[int, int] | None]
+        self,
+        link: Link,
+        state: ObjectState,
+        found: dict[int, tuple[int, int] | None],
+        refused: list[SheepError],
     ) -> None:
         try:
             header, _ = await link.call(
@@ -493,6 +501,8 @@ class Replicator:
             found[link.node] = None
         except RetryableError as error:
             log.debug("stat of %s at node %d: %s", describe_oid(state.oid), link.node, error)
+        except SheepError as error:
+            refused.append(error)
 
     def fields(self, oid: int, pg: int) -> dict[str, int]:
         """Give the header fields that address an object in the current epoch."""
@@ -568,7 +578,7 @@ class Replicator:
             if header is None or header.status:
                 good = False
                 if header is not None and header.status == Status.FENCED:
-                    self._fence(describe(bytes(payload or b"")))
+                    self.fence(describe(bytes(payload or b"")))
             if not left:
                 finished.set()
 

@@ -81,6 +81,7 @@ class Volume:
         self.name = name
         self.record = record
         self.handles = 0
+        self.on_idle: Callable[[Volume], None] = lambda volume: None
         self.replicator: Replicator | None = None
         self.attachment: Attachment | None = None
         self._router = router
@@ -204,7 +205,11 @@ class Volume:
         """One file handle less; the last one flushes and detaches."""
         self.handles -= 1
         if not self.handles:
-            await self.detach()
+            try:
+                await self.detach()
+            finally:
+                if not self.handles:
+                    self.on_idle(self)
 
     def _later(
         self, work: Callable[[], Coroutine[Any, Any, None]], fail: Callable[[int], None]
@@ -306,6 +311,15 @@ class Volume:
                 self.record, mode=record.mode, uid=record.uid, gid=record.gid,
                 changed=record.changed,
             )  # fmt: skip
+
+    def set_modified(self, modified: float) -> None:
+        """Set the time of the last change (`touch`), in seconds since 1970."""
+        self._modified = modified
+
+    def fence(self, reason: str) -> None:
+        """Another holder took over: all I/O fails from now on."""
+        if self.replicator is not None:
+            self.replicator.fence(reason)
 
     async def _load_map(self, map_index: int, offset: int, length: int) -> bytes:
         oid = map_object(self.record.layer, map_index)
@@ -568,7 +582,7 @@ class Volume:
         for node in self._router.map.pools[self._pool][pg].members:
             if link := self._router.link(node):
                 link.request(
-                    Op.DELETE, next_request(), _ignore, prev=version, version=version + 1,
+                    Op.DELETE, next_request(), _ignore, b"", prev=version, version=version + 1,
                     **replicator.fields(oid, pg),
                 )  # fmt: skip
 

@@ -23,6 +23,7 @@ from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import ProtocolError, SheepError, Status, UsageError, WrongClusterError
 from sheepfs.core.wire import MAX_FRAME, REPLY, Buffer, Header, Op
 from sheepfs.net.connection import Connection, Greeting, check_greeting
+from sheepfs.net.groups import plain_errors
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,8 @@ class Server:
                 await client.connection.receive(lambda h, p: self._hello(client, h, p), one=True)
             if deadline.cancelled_caught:
                 raise ProtocolError("no greeting in time")
-            await self._converse(client)
+            with plain_errors():
+                await self._converse(client)
         except ProtocolError as error:
             log.warning("disconnected %s: %s", peer, error)
         except WrongClusterError as error:

@@ -20,6 +20,7 @@ import trio
 from sheepfs.core.errors import ProtocolError, Status, UnreachableError, error_for
 from sheepfs.core.wire import REPLY, Buffer, Header, Op
 from sheepfs.net.connection import Connection, Greeting, connect
+from sheepfs.net.groups import plain_errors
 
 Answer = Callable[["Link", Header | None, memoryview | None], None]
 """Called with the reply, or with None when the link was lost before it came."""
@@ -49,13 +50,17 @@ class Link:
     async def run(self) -> None:
         """Serve the link until it is lost; then every pending request is answered with None."""
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._write)
-                with suppress(OSError, trio.ClosedResourceError, trio.BrokenResourceError):
-                    await self.connection.receive(self._handle)
-                nursery.cancel_scope.cancel()
+            with plain_errors():
+                await self._run()
         finally:
             self.close()
+
+    async def _run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write)
+            with suppress(OSError, trio.ClosedResourceError, trio.BrokenResourceError):
+                await self.connection.receive(self._handle)
+            nursery.cancel_scope.cancel()
 
     async def _write(self) -> None:
         # The reader sees the same break; it is the one that ends the link.
@@ -157,9 +162,10 @@ async def connect_node(
         address, cluster_uuid, client or uuid4().hex, timeout_s=timeout_s
     )
     link = Link(connection, greeting)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(link.run)
-        try:
-            yield link
-        finally:
-            nursery.cancel_scope.cancel()
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.run)
+            try:
+                yield link
+            finally:
+                nursery.cancel_scope.cancel()

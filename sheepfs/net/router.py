@@ -16,9 +16,10 @@ from uuid import uuid4
 import trio
 
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState
-from sheepfs.core.errors import ProtocolError, SheepError, WrongClusterError
+from sheepfs.core.errors import ProtocolError, SheepError
 from sheepfs.core.wire import Buffer, Header, Op
 from sheepfs.net.connection import connect
+from sheepfs.net.groups import plain_errors
 from sheepfs.net.link import Link, next_request
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,8 @@ class Router:
                 link = await self._connect(node)
                 if link is not None:
                     delay_s = RECONNECT_MIN_S
-                    await self._serve(link)
+                    with plain_errors():
+                        await self._serve(link)
                     log.info("lost node %d at %s", node.id, node.address)
                 if node.state is not NodeState.DOWN:
                     self.report(node)
@@ -140,7 +142,7 @@ class Router:
                 timeout_s=CONNECT_TIMEOUT_S,
                 maps=True,
             )
-        except (SheepError, WrongClusterError) as error:
+        except SheepError as error:
             log.debug("node %d: %s", node.id, error)
             return None
         link = Link(connection, greeting)

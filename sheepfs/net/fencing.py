@@ -1,0 +1,75 @@
+"""Fencing: every storage node refuses a VDI's older tokens before a take-over completes (I6)."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from sheepfs.core.clustermap import NodeState
+from sheepfs.core.errors import RetryableError, SheepError, UnreachableError
+from sheepfs.core.wire import Op
+from sheepfs.net.link import Link
+from sheepfs.net.router import Router
+
+log = logging.getLogger(__name__)
+
+FENCE_TIMEOUT_S = 30.0
+CALL_TIMEOUT_S = 2.0
+RETRY_S = 0.05
+
+
+async def fence_everywhere(router: Router, vdi: int, token: int) -> None:
+    """Make every node that the map does not call down refuse tokens of `vdi` below `token`.
+
+    A node that is down serves nobody, and learns the tokens from a sync member before it serves
+    again. One that is silent is waited for until it answers or is voted out.
+
+    Durability: the fences are on disk at every node asked.
+
+    Raises:
+        UnreachableError: a node neither answered nor was voted out in time.
+        FencedError: a newer holder than `token` is there already.
+    """
+    done: set[tuple[int, int]] = set()
+    refused: list[SheepError] = []
+    with trio.move_on_after(FENCE_TIMEOUT_S):
+        while True:
+            missing = _missing(router, done)
+            if not missing:
+                return
+            async with trio.open_nursery() as nursery:
+                for node, _ in missing:
+                    if link := router.link(node):
+                        nursery.start_soon(_fence_one, link, vdi, token, done, refused)
+            if refused:
+                raise refused[0]
+            if _missing(router, done):
+                with trio.move_on_after(RETRY_S):
+                    await router.wait_map()
+    silent = ", ".join(str(node) for node, _ in _missing(router, done))
+    raise UnreachableError(
+        f"VDI {vdi} cannot be taken: node {silent} neither answers nor has been voted out"
+    )
+
+
+def _missing(router: Router, done: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Nodes that may serve the VDI and have not refused the old holder yet."""
+    return [
+        (node.id, node.incarnation)
+        for node in router.map.nodes.values()
+        if node.state is not NodeState.DOWN and (node.id, node.incarnation) not in done
+    ]
+
+
+async def _fence_one(
+    link: Link, vdi: int, token: int, done: set[tuple[int, int]], refused: list[SheepError]
+) -> None:
+    try:
+        await link.call(Op.FENCE, vdi=vdi, token=token, timeout_s=CALL_TIMEOUT_S)
+    except RetryableError as error:
+        log.info("fencing VDI %d: %s", vdi, error)
+    except SheepError as error:
+        refused.append(error)
+    else:
+        done.add((link.node, link.incarnation))
