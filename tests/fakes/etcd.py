@@ -1,0 +1,230 @@
+"""An etcd in memory on trio's clock: passes tests/net/test_etcd_conformance.py like the real one.
+
+server = FakeServer()
+one, other = server.client(), server.client()     # each a sheepfs.net.store.Store
+one.partition()                                   # its calls raise UnreachableError
+one.lose_next_reply()                             # its next commit happens, yet seems lost
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+
+import trio
+
+from sheepfs.core.errors import UnreachableError, UsageError
+from sheepfs.core.kv import KeyValue, Put, Transaction
+from sheepfs.net.store import Hints, LeaseGoneError
+
+MAX_OPERATIONS = 128
+FIRST_LEASE = 0x7000
+
+
+class FakeServer:
+    """Keys, revisions and leases, shared by all clients."""
+
+    def __init__(self) -> None:
+        self.revision = 1
+        self.keys: dict[str, KeyValue] = {}
+        self._leases: dict[int, tuple[int, float]] = {}
+        self._ids = count(FIRST_LEASE)
+        self._listeners: list[Callable[[], None]] = []
+
+    def client(self) -> FakeEtcd:
+        """Give another client of this server."""
+        return FakeEtcd(self)
+
+    def commit(self, txn: Transaction) -> int | None:
+        self.expire()
+        touched = [change.key for change in txn.changes]
+        if len(set(touched)) < len(touched):
+            raise UsageError("etcd refuses the request: duplicate key given in txn request")
+        if max(len(touched), len(txn.conditions)) > MAX_OPERATIONS:
+            raise UsageError("etcd refuses the request: too many operations in txn request")
+        for condition in txn.conditions:
+            found = self.keys.get(condition.key)
+            if (found.mod_revision if found else 0) != condition.mod_revision:
+                return None
+        for change in txn.changes:
+            if isinstance(change, Put) and change.lease and change.lease not in self._leases:
+                raise LeaseGoneError("etcd: requested lease not found")
+        changes = [c for c in txn.changes if isinstance(c, Put) or c.key in self.keys]
+        self.revision += bool(changes)
+        for change in changes:
+            old = self.keys.pop(change.key, None)
+            if isinstance(change, Put):
+                created = old.create_revision if old else self.revision
+                self.keys[change.key] = KeyValue(
+                    change.key, bytes(change.value), created, self.revision, change.lease
+                )
+        if changes:
+            self._notify()
+        return self.revision
+
+    def grant(self, ttl_s: int) -> int:
+        lease = next(self._ids)
+        self._leases[lease] = (ttl_s, trio.current_time() + ttl_s)
+        self._notify()  # who sleeps until the next lease ends has to look again
+        return lease
+
+    def keep_alive(self, lease: int) -> bool:
+        self.expire()
+        if lease not in self._leases:
+            return False
+        ttl_s, _ = self._leases[lease]
+        self._leases[lease] = (ttl_s, trio.current_time() + ttl_s)
+        return True
+
+    def revoke(self, lease: int) -> None:
+        """End a lease now; a test may call it behind its holder's back."""
+        if self._leases.pop(lease, None) is None:
+            return
+        gone = [key for key, kv in self.keys.items() if kv.lease == lease]
+        for key in gone:
+            del self.keys[key]
+        if gone:
+            self.revision += 1
+            self._notify()
+
+    def expire(self) -> None:
+        """End the leases whose time is over."""
+        now = trio.current_time()
+        for lease, (_, end) in list(self._leases.items()):
+            if end <= now:
+                self.revoke(lease)
+
+    def next_expiry(self) -> float:
+        """When the next lease ends, by trio's clock."""
+        return min((end for _, end in self._leases.values()), default=float("inf"))
+
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Call `listener` at each change; returns what ends that."""
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def _notify(self) -> None:
+        for listener in list(self._listeners):
+            listener()
+
+
+class FakeEtcd:
+    """A client of a `FakeServer` (of its own, unless one is given)."""
+
+    def __init__(self, server: FakeServer | None = None, deadline_s: float = 5.0) -> None:
+        self.server = server or FakeServer()
+        self.deadline_s = deadline_s
+        self.calls = 0
+        """Calls made so far, for tests that count round trips."""
+        self._is_partitioned = False
+        self._is_silent = False
+        self._loses_reply = False
+        self._healed: list[Callable[[], None]] = []
+
+    def partition(self, silent: bool = False) -> None:
+        """Cut this client off: calls are refused, or (`silent`) fail at the deadline only."""
+        self._is_partitioned, self._is_silent = True, silent
+
+    def heal(self) -> None:
+        """End the partition; its watches give a hint."""
+        self._is_partitioned = False
+        for hint in list(self._healed):
+            hint()
+
+    def lose_next_reply(self) -> None:
+        """Make the next commit happen and raise UnreachableError all the same."""
+        self._loses_reply = True
+
+    async def get(self, key: str) -> KeyValue | None:
+        await self._call()
+        return self.server.keys.get(key)
+
+    async def list(self, prefix: str) -> tuple[list[KeyValue], int]:
+        await self._call()
+        found = [kv for key, kv in self.server.keys.items() if key.startswith(prefix)]
+        found.sort(key=lambda kv: kv.key.encode(errors="surrogateescape"))
+        return found, self.server.revision
+
+    async def commit(self, txn: Transaction) -> int | None:
+        await self._call()
+        revision = self.server.commit(txn)
+        if self._loses_reply:
+            self._loses_reply = False
+            raise UnreachableError("etcd (fake) does not answer; the change may have been made")
+        return revision
+
+    async def grant(self, ttl_s: int) -> int:
+        await self._call()
+        return self.server.grant(ttl_s)
+
+    async def keep_alive(self, lease: int) -> bool:
+        await self._call()
+        return self.server.keep_alive(lease)
+
+    async def revoke(self, lease: int) -> None:
+        await self._call()
+        self.server.revoke(lease)
+
+    @asynccontextmanager
+    async def watch(self, prefix: str, poll_s: float = 5.0) -> AsyncIterator[Hints]:
+        sender, hints = trio.open_memory_channel[None](1)
+        seen = await self._snapshot(prefix)
+        changed = trio.Event()
+
+        def hint() -> None:
+            with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+                sender.send_nowait(None)
+
+        def look() -> None:
+            nonlocal seen
+            changed.set()
+            now = {k: v for k, v in self.server.keys.items() if k.startswith(prefix)}
+            if not self._is_partitioned and now != seen:
+                seen = now
+                hint()
+
+        async def tick() -> None:
+            nonlocal changed
+            next_poll = trio.current_time()
+            while True:
+                if trio.current_time() >= next_poll:
+                    next_poll = trio.current_time() + poll_s
+                    hint()
+                changed = trio.Event()
+                with trio.move_on_at(min(next_poll, self.server.next_expiry())):
+                    await changed.wait()
+                self.server.expire()
+
+        stop_listening = self.server.listen(look)
+        self._healed.append(hint)
+        try:
+            failure: Exception | None = None
+            async with trio.open_nursery() as nursery, sender, hints:
+                nursery.start_soon(tick)
+                try:
+                    yield hints
+                except Exception as error:
+                    failure = error
+                nursery.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
+        finally:
+            stop_listening()
+            self._healed.remove(hint)
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def _snapshot(self, prefix: str) -> dict[str, KeyValue]:
+        await trio.lowlevel.checkpoint()
+        return {k: v for k, v in self.server.keys.items() if k.startswith(prefix)}
+
+    async def _call(self) -> None:
+        self.calls += 1
+        await trio.lowlevel.checkpoint()
+        if self._is_partitioned:
+            if self._is_silent:
+                await trio.sleep(self.deadline_s)
+            raise UnreachableError("etcd (fake) does not answer (partitioned)")
+        self.server.expire()
