@@ -1,0 +1,89 @@
+"""The catalog: every object the store has, by id and by placement group."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from sheepfs.core.errors import CorruptError, ObjectNotFoundError, RecoveringError, SheepError
+from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid
+from storaged.store.disk import Health
+from storaged.store.entry import SUSPECT, StoredObject
+
+
+class Catalog:
+    """All objects. `objects` may be read by any thread, changes go through the methods."""
+
+    def __init__(self, health: Health) -> None:
+        self.objects: dict[int, StoredObject] = {}
+        self._health = health
+        self._groups: dict[tuple[int, int], dict[int, StoredObject]] = {}
+        self._lock = threading.Lock()
+        # Threads and the loop both change the sum; appending is atomic where `+=` is not.
+        self._growth: deque[int] = deque()
+        self._blocks = 0
+
+    def add(self, entry: StoredObject) -> None:
+        """Add an object, in place of one with the same id."""
+        with self._lock:
+            old = self.objects.get(entry.oid)
+            if old is not None:
+                self._remove(old)
+            self.objects[entry.oid] = entry
+            self._groups.setdefault((entry.pool, entry.pg), {})[entry.oid] = entry
+            self._growth.append(entry.blocks)
+
+    def remove(self, entry: StoredObject) -> None:
+        """Remove an object, unless another took its place."""
+        with self._lock:
+            if self.objects.get(entry.oid) is entry:
+                self._remove(entry)
+
+    def grow(self, entry: StoredObject, blocks: int) -> None:
+        """Count blocks that an object won (or lost, if negative)."""
+        if blocks:
+            entry.blocks += blocks
+            self._growth.append(blocks)
+            if len(self._growth) > 1024:
+                self._sum()
+
+    def group(self, pool: int, pg: int) -> list[StoredObject]:
+        """Give the objects of a placement group."""
+        with self._lock:
+            return list(self._groups.get((pool, pg), {}).values())
+
+    def everything(self) -> list[StoredObject]:
+        """Give all objects."""
+        return list(self.objects.values())
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of blocks that are no holes."""
+        self._sum()
+        return self._blocks * BLOCK_SIZE
+
+    def refusal(self, oid: int) -> SheepError:
+        """Give the reason why an object cannot be used."""
+        if self._health.failed is not None:
+            return self._health.failed
+        entry = self.objects.get(oid)
+        if entry is None:
+            return ObjectNotFoundError(f"no object {format_oid(oid)} here")
+        if entry.state == SUSPECT:
+            return RecoveringError(f"object {format_oid(oid)} is to be compared with its peers")
+        return CorruptError(
+            f"object {format_oid(oid)}: header or table is damaged", range(BLOCKS_PER_OBJECT)
+        )
+
+    def _remove(self, entry: StoredObject) -> None:
+        del self.objects[entry.oid]
+        group = self._groups[entry.pool, entry.pg]
+        del group[entry.oid]
+        if not group:
+            del self._groups[entry.pool, entry.pg]
+        self._growth.append(-entry.blocks)
+
+    def _sum(self) -> None:
+        with self._lock:
+            while self._growth:
+                self._blocks += self._growth.popleft()

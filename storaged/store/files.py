@@ -1,0 +1,188 @@
+"""The open object files: opened on first use, closed by a second-chance rule.
+
+Always holds:
+- Only the event loop evicts; any thread may open.
+- A file with unflushed data is closed only after fdatasync: a descriptor opened later could
+  miss a write-back error that happened in between (I5).
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import threading
+from collections.abc import Callable
+
+from sheepfs.core.errors import (
+    CorruptError,
+    ObjectNotFoundError,
+    RecoveringError,
+    RetryableError,
+)
+from sheepfs.core.geometry import BLOCKS_PER_OBJECT, format_oid
+from storaged.store.disk import Disk, Health, disk_error, write_all
+from storaged.store.entry import CORRUPT, OK, SUSPECT, OpenFile, StoredObject
+from storaged.store.format import META_OFFSET, META_SIZE, Header, decode_meta, encode_meta
+
+log = logging.getLogger(__name__)
+_SCAN = 64
+"""Entries looked at for one that can be closed without a sync."""
+_MAX_OPEN = 1024
+
+
+def default_limit() -> int:
+    """Give how many object files to keep open: 1,024, or less if the process may open few."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MAX_OPEN
+    return max(16, min(_MAX_OPEN, soft // 4))
+
+
+class OpenFiles:
+    """Cache of open files. The soft limit may be doubled by files with unflushed data."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        health: Health,
+        cluster: int,
+        limit: int,
+        vanished: Callable[[StoredObject], None],
+    ) -> None:
+        """`vanished` is told of an object whose file is not there any more."""
+        self._disk = disk
+        self._health = health
+        self._cluster = cluster
+        self._limit = limit
+        self._vanished = vanished
+        self._lock = threading.Lock()
+        self._open: dict[int, StoredObject] = {}
+        self.is_unclean: Callable[[StoredObject], bool] = lambda entry: entry.changed
+
+    def acquire(self, entry: StoredObject) -> OpenFile:
+        """Give the entry's open file; open it and check its header if need be. May block.
+
+        Raises:
+            ObjectNotFoundError: the file is gone.
+            CorruptError: its header or table is damaged; the entry says so from now on.
+            RecoveringError: its header is not the one the store knows; now a suspect.
+            DiskError: it cannot be read.
+        """
+        for _ in range(16):
+            file = entry.file
+            if file is not None:
+                return file
+            opened = entry.opened
+            file, header = self._load(entry)
+            with self._lock:
+                if entry.opened != opened or entry.file is not None:
+                    continue  # Another thread was faster; what was read may be old by now.
+                if header.version != entry.version:
+                    entry.state = SUSPECT
+                    expected, entry.version = entry.version, header.version
+                    entry.lineage = header.lineage
+                    raise RecoveringError(
+                        f"object {format_oid(entry.oid)} has version {header.version:#x} on disk,"
+                        f" {expected:#x} was expected"
+                    )
+                self._publish(entry, file)
+                return file
+        raise RetryableError(f"object {format_oid(entry.oid)} is opened by too many at once")
+
+    def adopt(self, entry: StoredObject, fd: int, table: bytearray) -> OpenFile:
+        """Make `fd` the entry's open file."""
+        file = OpenFile(fd, table, self._disk.close)
+        with self._lock:
+            self._publish(entry, file)
+        return file
+
+    def drop(self, entry: StoredObject) -> None:
+        """Forget the entry's open file; nothing is written."""
+        with self._lock:
+            if self._open.get(entry.oid) is entry:
+                del self._open[entry.oid]
+            entry.file = None
+            entry.opened += 1
+
+    def evict(self) -> None:
+        """Close files that were not used lately until the limit holds. Loop only.
+
+        Raises:
+            DiskError: there were only files with unflushed data, and a sync failed.
+        """
+        for _ in range(_SCAN):
+            if len(self._open) <= self._limit:
+                return
+            with self._lock:
+                entry = self._open.pop(next(iter(self._open)))
+                if entry.used or self.is_unclean(entry):
+                    entry.used = False
+                    self._open[entry.oid] = entry
+                else:
+                    entry.file = None
+                    entry.opened += 1
+        while len(self._open) > 2 * self._limit:
+            with self._lock:
+                entry = self._open[next(iter(self._open))]
+            self.sync(entry)
+            self.drop(entry)
+
+    def sync(self, entry: StoredObject) -> None:
+        """Make an open entry's file durable. Blocks. Raises DiskError."""
+        file = entry.file
+        if file is None:
+            return
+        try:
+            if entry.changed:
+                self.write_meta(entry, file)
+            self._disk.fdatasync(file.fd)
+        except OSError as error:
+            raise self._health.fail(error, f"sync of {format_oid(entry.oid)}") from error
+
+    def write_meta(self, entry: StoredObject, file: OpenFile) -> None:
+        """Write header and table as they are in memory (OSError)."""
+        header = Header(
+            entry.oid,
+            entry.version,
+            entry.lineage,
+            entry.pool,
+            entry.pg,
+            entry.blocks,
+            self._cluster,
+        )
+        write_all(self._disk, file.fd, encode_meta(header, file.table), META_OFFSET)
+        entry.changed = False
+
+    def close(self) -> None:
+        """Close all files; nothing is written."""
+        with self._lock:
+            for entry in self._open.values():
+                entry.file = None
+            self._open.clear()
+
+    def _publish(self, entry: StoredObject, file: OpenFile) -> None:
+        entry.file = file
+        entry.opened += 1
+        entry.used = True
+        self._open[entry.oid] = entry
+
+    def _load(self, entry: StoredObject) -> tuple[OpenFile, Header]:
+        try:
+            fd = self._disk.open(entry.path)
+        except FileNotFoundError:
+            self._vanished(entry)
+            raise ObjectNotFoundError(f"object {format_oid(entry.oid)}: its file is gone") from None
+        except OSError as error:
+            raise disk_error(error, f"object {format_oid(entry.oid)}") from error
+        file = OpenFile(fd, bytearray(), self._disk.close)
+        try:
+            meta = self._disk.pread(fd, META_SIZE, META_OFFSET)
+            header, file.table = decode_meta(entry.oid, self._cluster, meta)
+        except OSError as error:
+            raise disk_error(error, f"object {format_oid(entry.oid)}") from error
+        except CorruptError as error:
+            log.error("%s", error)
+            if entry.state == OK:
+                entry.state = CORRUPT
+            raise CorruptError(str(error), range(BLOCKS_PER_OBJECT)) from error
+        return file, header

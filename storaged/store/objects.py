@@ -1,0 +1,469 @@
+"""The object store of one node: replicas as self-describing files on one disk.
+
+Always holds:
+- An object that was flushed, and not marked in the dirty log since, is on stable storage as
+  its table says. One that was marked when the store stopped uncleanly is a *suspect*: it
+  serves nothing until `install`, `launder`, `clear_suspect` or a write with `create`.
+- Every byte given out was checked against its checksum (I11).
+- After one failed write or sync every call raises DiskError (I5).
+
+Threads: the event loop's thread calls everything; the methods that say "Blocks" are meant for
+worker threads and may run beside the loop. Nobody writes, punches or deletes an object while
+an `install`, `launder` or `clear_suspect` of it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sheepfs.core.errors import UsageError, WrongClusterError
+from sheepfs.core.geometry import format_oid, pg_of
+from sheepfs.core.wire import Buffer
+from storaged.store import startup, superblock
+from storaged.store.catalog import Catalog
+from storaged.store.dirtylog import DirtyLog
+from storaged.store.disk import Disk, FileDisk, Health, disk_error
+from storaged.store.entry import CORRUPT, OK, SUSPECT, ObjectInfo, StoredObject
+from storaged.store.files import OpenFiles, default_limit
+from storaged.store.flush import FlushJob, FlushTracker
+from storaged.store.format import Header, cluster_hash
+from storaged.store.reader import Reader
+from storaged.store.replace import Replacer
+from storaged.store.space import SpaceGuard
+from storaged.store.superblock import Superblock
+from storaged.store.tokens import TokenLog
+from storaged.store.writer import Writer
+
+__all__ = ["FlushJob", "ObjectInfo", "ObjectStore", "StoredObject", "Usage"]
+log = logging.getLogger(__name__)
+
+
+class Usage(NamedTuple):
+    """Space in bytes; `free` is what may still be written above the reserve."""
+
+    total: int
+    free: int
+    used_by_objects: int
+    objects: int
+    quarantined: int
+
+
+class ObjectStore:
+    """One data directory, open."""
+
+    was_clean: bool
+    """The last stop was clean (or the store is new)."""
+
+    def __init__(
+        self, disk: Disk, block: Superblock, reserve_bytes: int | None, max_open: int
+    ) -> None:
+        """Wire the parts together; use `open`."""
+        self._disk = disk
+        self._superblock = block
+        self._health = Health()
+        cluster = cluster_hash(block.cluster)
+        self._catalog = Catalog(self._health)
+        self._files = OpenFiles(disk, self._health, cluster, max_open, self._catalog.remove)
+        self._marks = DirtyLog(disk, self._health)
+        self._tokens = TokenLog(disk, self._health)
+        self._space = SpaceGuard(disk, reserve_bytes)
+        self._reader = Reader(disk, self._health, self._catalog, self._files)
+        self._tracker = FlushTracker(disk, self._health, self._marks, self._files)
+        self._writer = Writer(
+            disk,
+            self._health,
+            self._catalog,
+            self._files,
+            self._reader,
+            self._tracker,
+            self._marks,
+            self._space,
+        )
+        self._replacer = Replacer(
+            disk, self._health, self._catalog, self._files, self._space, cluster
+        )
+        self._lock_fd = -1
+        self._quarantined = 0
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        *,
+        cluster: str = "",
+        node_uuid: str = "",
+        create: bool = False,
+        disk: Disk | None = None,
+        reserve_bytes: int | None = None,
+        max_open: int | None = None,
+    ) -> ObjectStore:
+        """Open a data directory. Blocks, after an unclean stop for one read per object.
+
+        Args:
+            path: the directory; with `create` it is made, and made a store, if need be.
+            cluster: id of the cluster it must belong to; "" takes any.
+            node_uuid: uuid the node must have (a new one gets); "" takes any (makes one up).
+            disk: how to reach the directory; None uses the real file system.
+            reserve_bytes: space that only logs, deletes and discards may use; None: 5 % of the
+                disk, at most 1 GiB.
+            max_open: object files kept open; None: 1,024, or less if the process may open few.
+
+        Raises:
+            WrongClusterError: it is another's, no store, or of a newer format.
+            UsageError: another process has it open.
+            CorruptError: superblock or tokens are damaged; make the directory anew.
+            DiskError, NoSpaceError: the file system refused.
+        """
+        try:
+            if disk is None:
+                if create:
+                    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+                disk = FileDisk(path)
+            try:
+                lock_fd = _lock(disk, path, create)
+            except BlockingIOError as error:
+                raise UsageError(f"{path} is in use by another daemon") from error
+            try:
+                block = superblock.read(disk)
+                made = block is None
+                if block is None:
+                    superblock.check_vacant(disk)
+                    block = superblock.fresh(cluster, node_uuid)
+                _check_identity(block, cluster, node_uuid)
+                superblock.make_directories(disk)
+                store = cls(disk, block, reserve_bytes, max_open or default_limit())
+                store._load(made)
+            except BaseException:
+                disk.close(lock_fd)
+                raise
+        except OSError as error:
+            raise disk_error(error, str(path)) from error
+        store._lock_fd = lock_fd
+        return store
+
+    def _load(self, made: bool) -> None:
+        """Find out what there is (OSError, CorruptError)."""
+        startup.remove_leftovers(self._disk)
+        if made:
+            self._marks.reset(())
+            self._tokens.create()
+            superblock.write(self._disk, self._superblock)
+            self.was_clean = True
+            return
+        self._tokens.load()
+        entries = startup.take_index(self._disk)
+        self.was_clean = entries is not None
+        if entries is None:
+            entries = startup.scan(self._disk, cluster_hash(self._superblock.cluster))
+        marked, damaged = self._marks.load()
+        if damaged:
+            log.error("dirty.log is damaged: every object is compared with its peers")
+        for entry in entries:
+            if damaged or entry.oid in marked:
+                entry.state = SUSPECT
+            self._catalog.add(entry)
+        self._marks.reset(e.oid for e in entries if e.state == SUSPECT)
+        self._quarantined = len(self._disk.listdir("quarantine"))
+
+    @property
+    def node_id(self) -> int | None:
+        """The id that the cluster gave this node; None before it did."""
+        return self._superblock.node
+
+    @property
+    def uuid(self) -> str:
+        """What makes this data directory one of a kind."""
+        return self._superblock.uuid
+
+    @property
+    def cluster(self) -> str:
+        """Id of the cluster the directory belongs to."""
+        return self._superblock.cluster
+
+    def set_node_id(self, node_id: int) -> None:
+        """Keep the node's id durably. Blocks. Raises UsageError (it has another), DiskError."""
+        self._health.check()
+        if self.node_id not in (None, node_id):
+            raise UsageError(f"the data directory is node {self.node_id}, not {node_id}")
+        block = Superblock(self.cluster, self.uuid, node_id)
+        try:
+            superblock.write(self._disk, block)
+        except OSError as error:
+            raise disk_error(error, superblock.NAME) from error
+        self._superblock = block
+
+    def get(self, oid: int) -> StoredObject | None:
+        """Give what is known of an object: version, lineage, `suspect`. Raises DiskError."""
+        if self._health.failed is not None:
+            self._health.check()
+        return self._catalog.objects.get(oid)
+
+    def read(self, oid: int, offset: int, length: int, *, wait: bool) -> list[Buffer] | None:
+        """Read a range of an object, checked.
+
+        Args:
+            wait: False is for the loop and gives None where the disk would have to be waited
+                for; call again with True in a thread. True blocks.
+
+        Returns:
+            Buffers that concatenate to `length` bytes.
+
+        Raises:
+            ObjectNotFoundError: there is no such object.
+            RecoveringError: it is a suspect.
+            CorruptError: checksums do not match (`blocks` says which; a peer has them).
+            DiskError: the disk failed to read.
+            RetryableError: it is written to without a pause.
+            UsageError: the range is empty or not within 4 MiB.
+        """
+        return self._reader.read(oid, offset, length, wait=wait)
+
+    def is_marked(self, oid: int) -> bool:
+        """Tell whether an object is marked in the dirty log, so that it may be written to."""
+        return oid in self._marks.marked
+
+    def mark(self, oids: Sequence[int]) -> None:
+        """Mark objects in the dirty log, durably. Blocks. Raises NoSpaceError, DiskError."""
+        self._marks.mark(oids)
+
+    def write(
+        self,
+        oid: int,
+        offset: int,
+        data: Buffer,
+        version: int,
+        *,
+        create: bool = False,
+        pool: int = 0,
+        pg: int = 0,
+    ) -> None:
+        """Write to a marked object; what the caller checked about versions stands.
+
+        With `create` whatever the object held is void (`data` may be empty then): bytes not
+        written read as zeros, the lineage is 0, a suspect or corrupt object is a good one.
+
+        **Durability**: none before the next flush. **Ordering**: seen by every later call.
+
+        Raises:
+            RetryableError: the object is not marked (any more); `mark` and try again.
+            ObjectNotFoundError, RecoveringError, CorruptError: as `read`; not with `create`.
+            NoSpaceError: only the reserve is left. Nothing has changed, unless the system ran
+                out of space itself half-way: the object is a suspect then.
+            DiskError: the disk failed; the store is out of use.
+        """
+        if create:
+            self._writer.create(oid, offset, data, version, pool, pg)
+        else:
+            self._writer.write(oid, offset, data, version)
+
+    def punch(self, oid: int, offset: int, length: int, version: int) -> None:
+        """Make a range of a marked object read as zeros and give its space back.
+
+        Raises: as `write`.
+        """
+        self._writer.punch(oid, offset, length, version)
+
+    def delete(self, oid: int) -> None:
+        """Remove an object, if it is there; durable with the next flush. Raises DiskError."""
+        self._writer.delete(oid)
+
+    def install(
+        self,
+        oid: int,
+        version: int,
+        lineage: int,
+        blocks: Buffer,
+        data: Buffer,
+        *,
+        pool: int,
+        pg: int,
+    ) -> None:
+        """Replace (or make) a whole object durably by a peer's. Blocks.
+
+        Args:
+            blocks: 128 bytes; bit `i % 8` of byte `i // 8` says that block i is in `data`.
+            data: those blocks of 4 KiB, concatenated; all others are holes.
+
+        Raises:
+            UsageError: `data` and `blocks` do not fit each other.
+            NoSpaceError: only the reserve is left; the old object stays.
+            DiskError: the disk failed; the store is out of use.
+        """
+        self._replacer.install(Header(oid, version, lineage, pool, pg, 0, 0), blocks, data)
+
+    def export(self, oid: int) -> tuple[ObjectInfo, bytes, list[Buffer]]:
+        """Give a whole object as `install` takes it: info, bitmap, data. Blocks.
+
+        All three are of one moment, whatever is written meanwhile. Raises: as `read`.
+        """
+        return self._reader.export(oid)
+
+    def extents(self, oid: int) -> bytes:
+        """Give the 128-byte bitmap of blocks that may hold data. May block. Raises: as `read`."""
+        return self._reader.bitmap(oid)
+
+    def verify(self, oid: int) -> list[int]:
+        """Give the blocks whose data on disk is not what the table says. Blocks.
+
+        Suspects are checked too: an empty list says that data and table belong together.
+        Raises: as `read`, but RecoveringError.
+        """
+        return self._reader.verify(oid)
+
+    def quarantine(self, oid: int) -> None:
+        """Move an object out of the way, if it is there; durable with the next flush.
+
+        Raises:
+            DiskError: the disk failed; the store is out of use.
+        """
+        self._health.check()
+        entry = self._catalog.objects.get(oid)
+        if entry is None:
+            return
+        try:
+            if entry.changed and entry.file is not None:
+                self._files.write_meta(entry, entry.file)
+            self._disk.rename(entry.path, startup.quarantine_path(self._disk, entry))
+        except OSError as error:
+            raise self._health.fail(error, f"quarantine of {format_oid(oid)}") from error
+        self._tracker.directory_changed("quarantine")
+        self._writer.forget(entry)
+        self._quarantined += 1
+
+    def launder(self, oid: int, lineage: int) -> None:
+        """Take what the disk holds of an object as the truth, under a new lineage. Blocks.
+
+        Durable on return. Raises ObjectNotFoundError, DiskError.
+        """
+        self._replacer.launder(oid, lineage)
+
+    def clear_suspect(self, oid: int) -> None:
+        """Trust a suspect again: peers agree with it. Its blocks are still checked when read.
+
+        Raises:
+            ObjectNotFoundError: there is no such object.
+            CorruptError: its header or table is damaged.
+        """
+        entry = self._catalog.objects.get(oid)
+        if entry is None or entry.state == CORRUPT or self._health.failed is not None:
+            raise self._catalog.refusal(oid)
+        entry.state = OK
+
+    def list(self, pool: int, pg: int, pg_count: int = 0) -> list[ObjectInfo]:
+        """Give all objects of a placement group.
+
+        Args:
+            pg_count: number of PGs of the pool; if given, files in the wrong PG are left out.
+        """
+        self._health.check()
+        group = self._catalog.group(pool, pg)
+        return [e.info() for e in group if not pg_count or pg_of(e.oid, pg_count) == pg]
+
+    def suspects(self) -> list[int]:  # type: ignore[valid-type]
+        """Give the ids of all objects to be resolved with peers (corrupt headers included)."""
+        return [entry.oid for entry in self._catalog.everything() if entry.state != OK]
+
+    def begin_flush(self, layer: int | None) -> FlushJob | None:
+        """Start a flush of a layer's objects (None: of all); None if all is durable.
+
+        Run the job in a thread, then `end_flush`. A flush covers what another, still running,
+        covers too. Raises DiskError.
+        """
+        self._health.check()
+        return self._tracker.begin(layer)
+
+    def end_flush(self, job: FlushJob) -> None:
+        """Record that `job.run` has succeeded. Raises DiskError if it has not."""
+        self._tracker.end(job)
+
+    @property
+    def needs_trim(self) -> bool:
+        """Whether the dirty log is due for `trim_marks`."""
+        return self._marks.needs_trim
+
+    def trim_marks(self) -> None:
+        """Forget the marks of clean objects. Blocks; safe beside writes. Raises DiskError."""
+        self._marks.trim(self._must_stay_marked)
+
+    def tokens(self) -> dict[int, int]:
+        """Give the highest token kept for each VDI."""
+        return self._tokens.all()
+
+    def set_token(self, vdi: int, token: int) -> None:
+        """Raise a VDI's token durably; a lower one changes nothing. Blocks.
+
+        Raises NoSpaceError, DiskError.
+        """
+        self._tokens.set(vdi, token)
+
+    def usage(self) -> Usage:
+        """Give how full the disk is and how much of it objects use. Raises DiskError."""
+        try:
+            total, free = self._space.look()
+        except OSError as error:
+            raise disk_error(error, "usage") from error
+        return Usage(
+            total, free, self._catalog.used_bytes, len(self._catalog.objects), self._quarantined
+        )
+
+    def close(self, clean: bool = True) -> None:
+        """Close the store. Blocks.
+
+        Args:
+            clean: flush all and write the index for a fast start; False leaves the directory
+                as a killed process would.
+
+        Raises:
+            DiskError: the flush failed; the store is closed all the same, uncleanly.
+        """
+        try:
+            if clean:
+                self._stop_cleanly()
+        except OSError as error:
+            raise self._health.fail(error, "close") from error
+        finally:
+            self._files.close()
+            self._marks.close()
+            self._tokens.close()
+            if self._lock_fd >= 0:
+                self._disk.close(self._lock_fd)
+                self._lock_fd = -1
+
+    def _stop_cleanly(self) -> None:
+        job = self.begin_flush(None)
+        if job is not None:
+            job.run()
+            self.end_flush(job)
+        entries = self._catalog.everything()
+        self._marks.reset(e.oid for e in entries if e.state == SUSPECT)
+        startup.write_index(self._disk, entries)
+
+    def _must_stay_marked(self) -> set[int]:
+        objects = self._catalog.objects
+        stay = self._tracker.unclean()
+        for oid in self._marks.marked:
+            entry = objects.get(oid)
+            if entry is not None and entry.state == SUSPECT:
+                stay.add(oid)
+        return stay
+
+
+def _lock(disk: Disk, path: Path, create: bool) -> int:
+    """Take the directory's lock; refuse to leave a lock file in a directory of somebody else."""
+    if superblock.NAME not in disk.listdir(""):
+        if not create:
+            raise WrongClusterError(f"{path} is no data directory of sheepfs")
+        superblock.check_vacant(disk)
+    return disk.lock(superblock.LOCK)
+
+
+def _check_identity(block: Superblock, cluster: str, node_uuid: str) -> None:
+    if cluster and block.cluster != cluster:
+        raise WrongClusterError(
+            f"the data directory belongs to cluster {block.cluster or '(none)'}, not {cluster}"
+        )
+    if node_uuid and block.uuid != node_uuid:
+        raise WrongClusterError(f"the data directory is node {block.uuid}, not {node_uuid}")

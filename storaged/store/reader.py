@@ -1,0 +1,214 @@
+"""Reading: every byte is checked against the object's table before anyone sees it (I11).
+
+Always holds:
+- A mismatch is damage only if no write to the object was under way or came between: the
+  sequence number of the open file tells. Otherwise the read is done again.
+- A hole is zeros because the table says so; the disk is not asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from sheepfs.core.errors import CorruptError, RetryableError, SheepError, UsageError
+from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SIZE, format_oid
+from sheepfs.core.wire import Buffer
+from storaged.store.catalog import Catalog
+from storaged.store.disk import Disk, Health, disk_error
+from storaged.store.entry import ObjectInfo, OpenFile, StoredObject
+from storaged.store.files import OpenFiles
+from storaged.store.format import SUMS, bitmap_of, block_sums, mismatches, runs
+
+log = logging.getLogger(__name__)
+_ZEROS = memoryview(bytes(OBJECT_SIZE))
+_TRIES = 64
+"""Reads of one range overtaken by writes before the reader is told to come again."""
+_CHUNK = 256
+"""Blocks read at once when a whole object is checked."""
+
+
+class Reader:
+    """Reads objects. Every method but `read(wait=False)` may be called from any thread."""
+
+    def __init__(self, disk: Disk, health: Health, catalog: Catalog, files: OpenFiles) -> None:
+        self._disk = disk
+        self._health = health
+        self._catalog = catalog
+        self._files = files
+
+    def read(self, oid: int, offset: int, length: int, *, wait: bool) -> list[Buffer] | None:
+        """See ObjectStore.read."""
+        entry = self._catalog.objects.get(oid)
+        if entry is None or entry.state or self._health.failed is not None:
+            raise self._catalog.refusal(oid)
+        end = offset + length
+        if not 0 <= offset < end <= OBJECT_SIZE:
+            raise UsageError(f"range {offset}+{length} is not within an object")
+        first = offset // BLOCK_SIZE
+        count = -(-end // BLOCK_SIZE) - first
+        entry.used = True
+        pieces: list[Buffer]
+        if wait:
+            pieces = self.read_blocks(entry, first, count)
+        else:
+            file = entry.file
+            if file is None:
+                self._files.evict()
+                return None
+            sums = SUMS[count].unpack_from(file.table, first * 8)
+            try:
+                found = self._pieces(file, first, sums, False)
+            except OSError as error:
+                raise self._failed(oid, error) from error
+            if found is None:
+                return None
+            pieces, bad = found
+            if bad:
+                raise self._corrupt(oid, bad)
+        skip = offset - first * BLOCK_SIZE
+        surplus = (first + count) * BLOCK_SIZE - end
+        if skip:
+            pieces[0] = pieces[0][skip:]
+        if surplus:
+            pieces[-1] = pieces[-1][:-surplus]
+        return pieces
+
+    def read_blocks(self, entry: StoredObject, first: int, count: int) -> list[Buffer]:
+        """Read whole blocks. Blocks. Raises as ObjectStore.read does."""
+        oid = entry.oid
+        for _ in range(_TRIES):
+            file = entry.file or self._files.acquire(entry)
+            sequence = file.sequence
+            sums = SUMS[count].unpack_from(file.table, first * 8)
+            try:
+                found = self._pieces(file, first, sums, True)
+            except OSError as error:
+                raise self._failed(oid, error) from error
+            if found is not None:
+                pieces, bad = found
+                if not bad:
+                    return pieces
+                if self._settled(entry, file, sequence):
+                    raise self._corrupt(oid, bad)
+            current = self._catalog.objects.get(oid)
+            if current is None or current.state or self._health.failed is not None:
+                raise self._catalog.refusal(oid)
+            entry = current
+        raise RetryableError(f"object {format_oid(oid)} changes too fast to be read")
+
+    def export(self, oid: int) -> tuple[ObjectInfo, bytes, list[Buffer]]:
+        """See ObjectStore.export."""
+        for _ in range(_TRIES):
+            entry = self._catalog.objects.get(oid)
+            if entry is None or entry.state or self._health.failed is not None:
+                raise self._catalog.refusal(oid)
+            file = entry.file or self._files.acquire(entry)
+            sequence = file.sequence
+            info = entry.info()
+            sums = SUMS[BLOCKS_PER_OBJECT].unpack_from(file.table)
+            pieces: list[Buffer] = []
+            for start, end, is_data in runs(sums):
+                if is_data:
+                    pieces += self.read_blocks(entry, start, end - start)
+            # Version, bitmap and data must be those of one moment.
+            if self._settled(entry, file, sequence):
+                return info, bitmap_of(sums), pieces
+        raise RetryableError(f"object {format_oid(oid)} changes too fast to be copied")
+
+    def bitmap(self, oid: int) -> bytes:
+        """See ObjectStore.extents."""
+        entry = self._catalog.objects.get(oid)
+        if entry is None or entry.state or self._health.failed is not None:
+            raise self._catalog.refusal(oid)
+        file = entry.file or self._files.acquire(entry)
+        return bitmap_of(SUMS[BLOCKS_PER_OBJECT].unpack_from(file.table))
+
+    def verify(self, oid: int) -> list[int]:
+        """See ObjectStore.verify."""
+        bad: list[int] = []
+        for first in range(0, BLOCKS_PER_OBJECT, _CHUNK):
+            bad += self._verify_chunk(oid, first)
+        return bad
+
+    def _verify_chunk(self, oid: int, first: int) -> list[int]:
+        for _ in range(_TRIES):
+            self._health.check()
+            entry = self._catalog.objects.get(oid)
+            if entry is None:
+                raise self._catalog.refusal(oid)
+            file = entry.file or self._files.acquire(entry)
+            sequence = file.sequence
+            sums = SUMS[_CHUNK].unpack_from(file.table, first * 8)
+            try:
+                found = disk_sums(self._disk, file.fd, first, _CHUNK)
+            except OSError as error:
+                raise self._failed(oid, error) from error
+            bad = [first + i for i in range(_CHUNK) if found[i] != sums[i]]
+            if not bad or self._settled(entry, file, sequence):
+                return bad
+        raise RetryableError(f"object {format_oid(oid)} changes too fast to be checked")
+
+    def _pieces(
+        self, file: OpenFile, first: int, sums: tuple[int, ...], wait: bool
+    ) -> tuple[list[Buffer], list[int]] | None:
+        """Read blocks from `first` on; give them and the numbers of those that do not match.
+
+        None: not all is in memory and `wait` is False. Raises OSError.
+        """
+        if 0 not in sums:
+            data = self._fetch(file.fd, first, len(sums), wait)
+            if data is None:
+                return None
+            bad = mismatches(data, sums)
+            return [data], [first + i for i in bad] if bad else bad
+        pieces: list[Buffer] = []
+        wrong: list[int] = []
+        for start, end, is_data in runs(sums):
+            if not is_data:
+                pieces.append(_ZEROS[: (end - start) * BLOCK_SIZE])
+                continue
+            data = self._fetch(file.fd, first + start, end - start, wait)
+            if data is None:
+                return None
+            wrong += [first + start + i for i in mismatches(data, sums[start:end])]
+            pieces.append(data)
+        return pieces, wrong
+
+    def _fetch(self, fd: int, first: int, count: int, wait: bool) -> memoryview | None:
+        length = count * BLOCK_SIZE
+        if wait:
+            return memoryview(self._disk.pread(fd, length, first * BLOCK_SIZE))
+        buffer = bytearray(length)
+        try:
+            if self._disk.pread_nowait(fd, buffer, first * BLOCK_SIZE) != length:
+                return None
+        except BlockingIOError:
+            return None
+        return memoryview(buffer)
+
+    def _settled(self, entry: StoredObject, file: OpenFile, sequence: int) -> bool:
+        """Tell whether nothing was written since `sequence` was read."""
+        return (
+            not sequence & 1
+            and file.sequence == sequence
+            and entry.file is file
+            and self._catalog.objects.get(entry.oid) is entry
+        )
+
+    def _corrupt(self, oid: int, bad: Sequence[int]) -> CorruptError:
+        text = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
+        log.error("object %s: checksum mismatch in block %s", format_oid(oid), text)
+        return CorruptError(f"object {format_oid(oid)}: checksum mismatch in block {text}", bad)
+
+    def _failed(self, oid: int, error: OSError) -> SheepError:
+        log.error("object %s: read failed: %s", format_oid(oid), error)
+        return disk_error(error, f"read of object {format_oid(oid)}")
+
+
+def disk_sums(disk: Disk, fd: int, first: int, count: int) -> list[int]:
+    """Give the table entries that the data on disk should have (OSError). Blocks."""
+    data = disk.pread(fd, count * BLOCK_SIZE, first * BLOCK_SIZE)
+    if len(data) < count * BLOCK_SIZE:
+        data += bytes(count * BLOCK_SIZE - len(data))
+    return block_sums(memoryview(data))

@@ -1,0 +1,134 @@
+"""What the store has, found at start: from the index of a clean stop, or from the headers.
+
+Always holds:
+- The index `index` exists only while no store has the directory open: it is written by a clean
+  stop and removed, durably, before anything may change.
+- A file whose header cannot be trusted is listed all the same, never dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Iterable
+
+from xxhash import xxh3_64_intdigest
+
+from sheepfs.core.errors import CorruptError
+from sheepfs.core.geometry import format_oid
+from storaged.store.disk import Disk, read_file, replace_file
+from storaged.store.entry import CORRUPT, StoredObject
+from storaged.store.format import META_OFFSET, META_SIZE, decode_meta
+
+log = logging.getLogger(__name__)
+INDEX = "index"
+_MAGIC = b"SHEEPIDX"
+_HEADER = struct.Struct("<8sQQ")
+"""magic, number of records, xxh3 of the records."""
+_RECORD = struct.Struct("<QQIHHBB")
+"""oid, version, lineage, blocks, pg, pool, state."""
+
+
+def write_index(disk: Disk, entries: Iterable[StoredObject]) -> None:
+    """Write the index durably (OSError)."""
+    body = b"".join(
+        _RECORD.pack(e.oid, e.version, e.lineage, e.blocks, e.pg, e.pool, e.state) for e in entries
+    )
+    header = _HEADER.pack(_MAGIC, len(body) // _RECORD.size, xxh3_64_intdigest(body))
+    replace_file(disk, INDEX, header + body)
+
+
+def take_index(disk: Disk) -> list[StoredObject] | None:
+    """Read the index and remove it; None if there is none that can be trusted (OSError)."""
+    try:
+        data = read_file(disk, INDEX)
+    except FileNotFoundError:
+        return None
+    disk.unlink(INDEX)
+    disk.fsync_dir("")
+    if len(data) >= _HEADER.size:
+        magic, count, check = _HEADER.unpack_from(data)
+        body = memoryview(data)[_HEADER.size :]
+        good = magic == _MAGIC and len(body) == count * _RECORD.size
+        if good and xxh3_64_intdigest(body) == check:
+            return [
+                StoredObject(oid, pool, pg, version, lineage, blocks, state)
+                for oid, version, lineage, blocks, pg, pool, state in _RECORD.iter_unpack(body)
+            ]
+    log.warning("the index of the last stop is damaged; reading the headers instead")
+    return None
+
+
+def scan(disk: Disk, cluster: int) -> list[StoredObject]:
+    """Find all object files and read their headers (OSError). Blocks.
+
+    Of two files with one id, which a crash between making the one and removing the other
+    leaves, the one with the higher version stays; the other goes to quarantine.
+    """
+    found: dict[int, StoredObject] = {}
+    for pool in _numbers(disk, "objects", 10, 1, range(1, 256)):
+        for pg in _numbers(disk, f"objects/{pool}", 16, 4, range(1 << 16)):
+            for oid in _numbers(disk, f"objects/{pool}/{pg:04x}", 16, 16, range(1 << 64)):
+                entry = _read_entry(disk, cluster, StoredObject(oid, pool, pg))
+                rival = found.get(oid)
+                if rival is not None:
+                    entry, loser = sorted((entry, rival), key=_trust, reverse=True)
+                    log.error("object %s is there twice: quarantined %s", oid, loser.path)
+                    disk.rename(loser.path, quarantine_path(disk, loser))
+                    disk.fsync_dir("quarantine")
+                    disk.fsync_dir(loser.directory)
+                found[oid] = entry
+    return list(found.values())
+
+
+def quarantine_path(disk: Disk, entry: StoredObject) -> str:
+    """Give a free name in quarantine for an object's file (OSError)."""
+    names = set(disk.listdir("quarantine"))
+    stem = f"{format_oid(entry.oid)}.{entry.version:016x}"
+    number = 0
+    while f"{stem}.{number}" in names:
+        number += 1
+    return f"quarantine/{stem}.{number}"
+
+
+def remove_leftovers(disk: Disk) -> None:
+    """Remove the temporary files of a crash (OSError)."""
+    for name in disk.listdir("tmp"):
+        disk.unlink(f"tmp/{name}")
+
+
+def _trust(entry: StoredObject) -> tuple[bool, int]:
+    return entry.state != CORRUPT, entry.version
+
+
+def _read_entry(disk: Disk, cluster: int, entry: StoredObject) -> StoredObject:
+    fd = disk.open(entry.path)
+    try:
+        header, _ = decode_meta(entry.oid, cluster, disk.pread(fd, META_SIZE, META_OFFSET))
+    except CorruptError as error:
+        log.error("%s", error)
+        entry.state = CORRUPT
+    except OSError as error:
+        log.error("object %s: the header cannot be read: %s", format_oid(entry.oid), error)
+        entry.state = CORRUPT
+    else:
+        entry.version, entry.lineage, entry.blocks = header.version, header.lineage, header.blocks
+    finally:
+        disk.close(fd)
+    return entry
+
+
+def _numbers(disk: Disk, path: str, base: int, width: int, allowed: range) -> list[int]:
+    """Give the numbers that name the entries of a directory; other names are logged."""
+    result = []
+    for name in disk.listdir(path):
+        try:
+            number = int(name, base)
+        except ValueError:
+            number = -1
+        digits = f"{number:0{width}{'x' if base == 16 else 'd'}}"
+        if number in allowed and digits == name:
+            result.append(number)
+        else:
+            log.warning("%s/%s is not ours and is left alone", path, name)
+    return result

@@ -1,0 +1,320 @@
+"""Writing, in the event loop: into the page cache and the table in memory, never to a sync.
+
+Always holds:
+- Everything that can be refused is refused before the first byte changes.
+- One pwrite for each request, whatever its alignment: the edges of a ragged range are read,
+  checked and hashed together with the new bytes, but only the new bytes are written.
+- A block whose table entry is 0 reads as zeros on disk too, so a ragged write may extend it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Sequence
+
+from sheepfs.core.errors import NoSpaceError, RetryableError, SheepError, UsageError
+from sheepfs.core.geometry import BLOCK_SIZE, OBJECT_SIZE, format_oid
+from sheepfs.core.wire import Buffer
+from storaged.store.catalog import Catalog
+from storaged.store.dirtylog import DirtyLog
+from storaged.store.disk import Disk, Health, disk_error, make_directory, write_all
+from storaged.store.entry import OK, SUSPECT, OpenFile, StoredObject
+from storaged.store.files import OpenFiles
+from storaged.store.flush import FlushTracker
+from storaged.store.format import EMPTY_TABLE, META_SIZE, SUMS, block_sum, block_sums
+from storaged.store.reader import Reader
+from storaged.store.space import SpaceGuard
+
+log = logging.getLogger(__name__)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Writer:
+    """Changes objects. Loop only; no method blocks but for cold headers and cold edges."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        health: Health,
+        catalog: Catalog,
+        files: OpenFiles,
+        reader: Reader,
+        tracker: FlushTracker,
+        marks: DirtyLog,
+        space: SpaceGuard,
+    ) -> None:
+        self._disk = disk
+        self._health = health
+        self._catalog = catalog
+        self._files = files
+        self._reader = reader
+        self._tracker = tracker
+        self._marks = marks
+        self._space = space
+
+    def write(self, oid: int, offset: int, data: Buffer, version: int) -> None:
+        """See ObjectStore.write."""
+        entry = self._catalog.objects.get(oid)
+        if entry is None or entry.state or self._health.failed is not None:
+            raise self._catalog.refusal(oid)
+        file = entry.file
+        if file is None:
+            file = self._open(entry)
+        length = len(data)
+        end = offset + length
+        if not 0 <= offset < end <= OBJECT_SIZE:
+            raise UsageError(f"range {offset}+{length} is not within an object")
+        first = offset // BLOCK_SIZE
+        if (offset | length) % BLOCK_SIZE:
+            new = self._ragged_sums(entry, offset, memoryview(data))
+        elif length == BLOCK_SIZE:
+            new = [block_sum(data)]
+        else:
+            new = block_sums(memoryview(data))
+        entry.used = True
+        self._apply(entry, file, first, new, offset, data, version)
+
+    def create(self, oid: int, offset: int, data: Buffer, version: int, pool: int, pg: int) -> None:
+        """See ObjectStore.write; `create` is True."""
+        self._health.check()
+        end = offset + len(data)
+        if not 0 <= offset <= end <= OBJECT_SIZE:
+            raise UsageError(f"range {offset}+{len(data)} is not within an object")
+        if oid not in self._marks.marked:
+            raise RetryableError(f"object {format_oid(oid)} is not marked as dirty")
+        entry = self._catalog.objects.get(oid)
+        covered = -(-end // BLOCK_SIZE) * BLOCK_SIZE - offset // BLOCK_SIZE * BLOCK_SIZE
+        freed = entry.blocks * BLOCK_SIZE if entry is not None else 0
+        self._space.check(max(0, covered + META_SIZE - freed))
+        if entry is not None and (entry.pool, entry.pg) != (pool, pg):
+            self.delete(oid)
+            entry = None
+        made = entry is None
+        entry = self._make(oid, pool, pg) if entry is None else entry
+        # Until the new content is whole, a thread that exports the object must not see it.
+        entry.state = SUSPECT
+        try:
+            file = self._void(entry, version)
+            if data:
+                new = self._ragged_sums(entry, offset, memoryview(data))
+                self._apply(entry, file, offset // BLOCK_SIZE, new, offset, data, version)
+        except NoSpaceError:
+            if made and self._health.failed is None:
+                self.delete(oid)
+            raise
+        entry.state = OK
+
+    def punch(self, oid: int, offset: int, length: int, version: int) -> None:
+        """See ObjectStore.punch."""
+        entry = self._catalog.objects.get(oid)
+        if entry is None or entry.state or self._health.failed is not None:
+            raise self._catalog.refusal(oid)
+        file = entry.file or self._open(entry)
+        end = offset + length
+        if not 0 <= offset < end <= OBJECT_SIZE:
+            raise UsageError(f"range {offset}+{length} is not within an object")
+        first = offset // BLOCK_SIZE
+        count = -(-end // BLOCK_SIZE) - first
+        old = SUMS[count].unpack_from(file.table, first * 8)
+        new = [0] * count
+        edges: list[tuple[int, int]] = []
+        for block in {first, first + count - 1}:
+            start = max(offset, block * BLOCK_SIZE)
+            stop = min(end, (block + 1) * BLOCK_SIZE)
+            if stop - start == BLOCK_SIZE or not old[block - first]:
+                continue
+            kept = bytearray(self._reader.read_blocks(entry, block, 1)[0])
+            kept[start % BLOCK_SIZE : start % BLOCK_SIZE + stop - start] = bytes(stop - start)
+            new[block - first] = block_sum(kept)
+            if new[block - first]:
+                edges.append((start, stop))
+        if not entry.changed:
+            self._tracker.changing(entry)
+        entry.used = True
+        file.sequence += 1
+        try:
+            for start, stop in edges:
+                write_all(self._disk, file.fd, bytes(stop - start), start)
+            self._punch_blocks(file, first, old, new)
+            SUMS[count].pack_into(file.table, first * 8, *new)
+            self._catalog.grow(entry, old.count(0) - new.count(0))
+            entry.version = version
+        except OSError as error:
+            raise self._broken(entry, error) from error
+        finally:
+            file.sequence += 1
+
+    def delete(self, oid: int) -> None:
+        """See ObjectStore.delete."""
+        self._health.check()
+        entry = self._catalog.objects.get(oid)
+        if entry is None:
+            return
+        try:
+            self._disk.unlink(entry.path)
+        except FileNotFoundError:
+            log.warning("object %s: its file was gone already", format_oid(oid))
+        except OSError as error:
+            raise self._health.fail(error, f"delete of {format_oid(oid)}") from error
+        self.forget(entry)
+
+    def forget(self, entry: StoredObject) -> None:
+        """Drop an object whose file lost its name; its directory is synced by the next flush."""
+        self._catalog.remove(entry)
+        self._files.drop(entry)
+        entry.changed = False
+        self._tracker.directory_changed(entry.directory)
+
+    def _open(self, entry: StoredObject) -> OpenFile:
+        self._files.evict()
+        return self._files.acquire(entry)
+
+    def _apply(
+        self,
+        entry: StoredObject,
+        file: OpenFile,
+        first: int,
+        new: list[int],
+        offset: int,
+        data: Buffer,
+        version: int,
+    ) -> None:
+        """Write `data` at `offset`; `new` are the entries of the blocks it touches."""
+        count = len(new)
+        old = SUMS[count].unpack_from(file.table, first * 8)
+        grown = old.count(0)
+        empty = new.count(0)
+        if grown and empty < count:
+            self._space.take(grown * BLOCK_SIZE)
+        if not entry.changed:
+            self._tracker.changing(entry)
+        length = len(data)
+        file.sequence += 1
+        try:
+            if empty == count:
+                self._punch_blocks(file, first, old, new)
+            else:
+                done = self._disk.pwrite(file.fd, data, offset)
+                if done != length:
+                    write_all(self._disk, file.fd, memoryview(data)[done:], offset + done)
+            SUMS[count].pack_into(file.table, first * 8, *new)
+            # Version and data change within one window of the sequence: an export in a thread
+            # must never pair the one with the other's past.
+            entry.version = version
+            if grown != empty:
+                self._catalog.grow(entry, grown - empty)
+        except OSError as error:
+            if grown == count:
+                self._undo(file, first, count)
+                if error.errno in _NO_SPACE and self._health.failed is None:
+                    raise disk_error(error, f"write to {format_oid(entry.oid)}") from error
+            raise self._broken(entry, error) from error
+        finally:
+            file.sequence += 1
+
+    def _ragged_sums(self, entry: StoredObject, offset: int, view: memoryview) -> list[int]:
+        """Give the entries of the blocks that a write of `view` at `offset` touches."""
+        end = offset + len(view)
+        first, skip = divmod(offset, BLOCK_SIZE)
+        last, rest = divmod(end, BLOCK_SIZE)
+        if first == last:
+            block = bytearray(self._reader.read_blocks(entry, first, 1)[0])
+            block[skip:rest] = view
+            return [block_sum(block)]
+        sums = []
+        start = 0
+        if skip:
+            start = BLOCK_SIZE - skip
+            old = self._reader.read_blocks(entry, first, 1)[0]
+            sums.append(block_sum(b"".join((old[:skip], view[:start]))))
+        stop = len(view) - rest
+        sums += block_sums(view[start:stop])
+        if rest:
+            old = self._reader.read_blocks(entry, last, 1)[0]
+            sums.append(block_sum(b"".join((view[stop:], old[rest:]))))
+        return sums
+
+    def _make(self, oid: int, pool: int, pg: int) -> StoredObject:
+        """Make an empty object file and its entry; nothing of it is durable yet."""
+        entry = StoredObject(oid, pool, pg)
+        try:
+            try:
+                fd = self._disk.open(entry.path, create=True)
+            except FileNotFoundError:
+                for made in make_directories(self._disk, pool, pg):
+                    self._tracker.directory_changed(made)
+                fd = self._disk.open(entry.path, create=True)
+        except OSError as error:
+            raise self._refused(error, f"creation of {format_oid(oid)}") from error
+        self._tracker.directory_changed(entry.directory)
+        self._files.evict()
+        self._files.adopt(entry, fd, bytearray(EMPTY_TABLE))
+        entry.state = SUSPECT
+        self._catalog.add(entry)
+        return entry
+
+    def _void(self, entry: StoredObject, version: int) -> OpenFile:
+        """Make an object read as zeros, whatever it held; give its open file."""
+        file = entry.file
+        if file is None:
+            try:
+                fd = self._disk.open(entry.path, create=True)
+            except OSError as error:
+                raise self._refused(error, f"write to {format_oid(entry.oid)}") from error
+            self._tracker.directory_changed(entry.directory)
+            self._files.evict()
+            file = self._files.adopt(entry, fd, bytearray(EMPTY_TABLE))
+        self._tracker.changing(entry)
+        file.sequence += 1
+        try:
+            self._disk.truncate(file.fd, 0)
+            file.table[:] = EMPTY_TABLE
+            self._catalog.grow(entry, -entry.blocks)
+            entry.version = version
+            entry.lineage = 0
+            entry.used = True
+            # Now, while it can still be refused, rather than at a flush on a full disk.
+            self._files.write_meta(entry, file)
+            entry.changed = True
+        except OSError as error:
+            raise self._broken(entry, error) from error
+        finally:
+            file.sequence += 1
+        return file
+
+    def _punch_blocks(
+        self, file: OpenFile, first: int, old: Sequence[int], new: Sequence[int]
+    ) -> None:
+        """Punch the span of blocks that become holes and are none yet (OSError)."""
+        gone = [i for i, entry in enumerate(new) if not entry and old[i]]
+        if gone:
+            start, stop = gone[0], gone[-1] + 1
+            self._disk.punch(file.fd, (first + start) * BLOCK_SIZE, (stop - start) * BLOCK_SIZE)
+
+    def _undo(self, file: OpenFile, first: int, count: int) -> None:
+        """Make blocks that were holes before a failed write holes again."""
+        try:
+            self._disk.punch(file.fd, first * BLOCK_SIZE, count * BLOCK_SIZE)
+        except OSError as error:
+            self._health.fail(error, "undoing a write")
+
+    def _refused(self, error: OSError, what: str) -> SheepError:
+        if error.errno in _NO_SPACE:
+            return disk_error(error, what)
+        return self._health.fail(error, what)
+
+    def _broken(self, entry: StoredObject, error: OSError) -> SheepError:
+        """Give the error for a change that failed half-way: only peers know the object now."""
+        entry.state = SUSPECT
+        return self._refused(error, f"write to {format_oid(entry.oid)}")
+
+
+def make_directories(disk: Disk, pool: int, pg: int) -> list[str]:
+    """Make the directories of a placement group; give those that got a new name (OSError)."""
+    changed = []
+    if make_directory(disk, f"objects/{pool}"):
+        changed.append("objects")
+    if make_directory(disk, f"objects/{pool}/{pg:04x}"):
+        changed.append(f"objects/{pool}")
+    return changed
