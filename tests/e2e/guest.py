@@ -1,0 +1,164 @@
+"""A guest for QEMU: Debian's cloud kernel, busybox, and a script that writes or verifies a disk.
+
+`tools/test` unpacks the kernel into .cache/guest-kernel; nothing of it is installed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import re
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KERNEL_DIRECTORY = REPOSITORY / ".cache" / "guest-kernel"
+MODULES = ("virtio_pci", "virtio_blk", "ext4")
+PROGRAMS = ("mkfs.ext4", "e2fsck")
+DONE = "GUEST-DONE"
+"""Printed on the console when every step succeeded."""
+
+INIT = """#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev
+for module in $(cat /modules/order); do insmod /modules/$module; done
+fail() { echo "GUEST-FAILED: $*"; poweroff -f; }
+test -b /dev/vda || fail "no /dev/vda"
+case $(cat /proc/cmdline) in
+*task=write*)
+    mkfs.ext4 -q -F /dev/vda || fail mkfs
+    mount -t ext4 /dev/vda /mnt || fail mount
+    for i in $(seq 20); do
+        dd if=/dev/urandom of=/mnt/file$i bs=1M count=10 2>/dev/null || fail "write $i"
+    done
+    (cd /mnt && md5sum file* >sums) || fail md5sum
+    sync || fail sync
+    ;;
+*task=verify*)
+    mount -t ext4 -o ro /dev/vda /mnt || fail mount
+    (cd /mnt && test $(wc -l <sums) = 20 && md5sum -c sums) || fail "checksums differ"
+    ;;
+esac
+umount /mnt || fail umount
+e2fsck -f -n /dev/vda || fail e2fsck
+sync
+echo GUEST-DONE
+poweroff -f
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """Kernel and initramfs, ready to boot."""
+
+    kernel: Path
+    initramfs: Path
+
+    def run(self, disk: Path, task: str, timeout_s: float = 300) -> str:
+        """Boot with `disk` as /dev/vda, do `write` or `verify`, and give the console's text.
+
+        Raises:
+            subprocess.TimeoutExpired: the guest neither finished nor failed in time.
+        """
+        done = subprocess.run(
+            [
+                *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-m", "512", "-nodefaults"),
+                *("-display", "none", "-no-reboot", "-serial", "stdio"),
+                *("-kernel", str(self.kernel), "-initrd", str(self.initramfs)),
+                *("-append", f"console=ttyS0 quiet panic=-1 task={task}"),
+                *("-drive", f"file={disk},format=raw,if=virtio,cache=none"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+        )
+        return done.stdout.decode(errors="replace")
+
+
+def kernel_image() -> Path | None:
+    """Give the unpacked kernel, or None if tools/test has not fetched it."""
+    return next(iter(sorted(KERNEL_DIRECTORY.glob("boot/vmlinuz-*"))), None)
+
+
+def module_closure(names: Iterable[str]) -> list[Path]:
+    """Give module files with what they depend on, dependencies first; built-in ones left out."""
+    files = {
+        path.name.partition(".")[0].replace("-", "_"): path
+        for path in KERNEL_DIRECTORY.rglob("*.ko*")
+    }
+    ordered: list[Path] = []
+
+    def add(name: str) -> None:
+        path = files.get(name.replace("-", "_"))
+        if path is None or path in ordered:
+            return
+        found = re.search(rb"\0depends=([^\0]*)\0", read_module(path))
+        for dependency in found[1].decode().split(",") if found else []:
+            add(dependency)
+        ordered.append(path)
+
+    for name in names:
+        add(name)
+    return ordered
+
+
+def read_module(path: Path) -> bytes:
+    """Give a module's bytes; Debian 13 compresses them."""
+    if path.suffix == ".xz":
+        return lzma.decompress(path.read_bytes())
+    return path.read_bytes()
+
+
+def libraries(program: str) -> list[Path]:
+    """Give the shared libraries that a program of this machine needs, its loader included."""
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    return [Path(path) for path in re.findall(r"(/\S+)", listed)]
+
+
+def build_guest(directory: Path) -> Guest:
+    """Make the initramfs below `directory`."""
+    kernel = kernel_image()
+    if kernel is None:
+        raise FileNotFoundError(f"no kernel in {KERNEL_DIRECTORY}: run tools/test once")
+    root = directory / "root"
+    for name in ("bin", "proc", "sys", "dev", "mnt", "modules", "etc"):
+        (root / name).mkdir(parents=True)
+    (root / "etc" / "mtab").symlink_to("/proc/mounts")
+    busybox = shutil.which("busybox") or "/bin/busybox"
+    shutil.copy(busybox, root / "bin" / "busybox")
+    init = root / "init"
+    init.write_text(INIT)
+    init.chmod(init.stat().st_mode | stat.S_IXUSR)
+    for name in PROGRAMS:
+        program = shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
+        if program is None:
+            raise FileNotFoundError(f"{name} is not installed (e2fsprogs)")
+        shutil.copy(program, root / "bin" / name)
+        for library in libraries(program):
+            place = root / str(library).lstrip("/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, place)
+    modules = module_closure(MODULES)
+    for path in modules:
+        (root / "modules" / f"{path.name.partition('.')[0]}.ko").write_bytes(read_module(path))
+    order = "\n".join(f"{path.name.partition('.')[0]}.ko" for path in modules)
+    (root / "modules" / "order").write_text(order + "\n")
+    initramfs = directory / "initramfs.cpio.gz"
+    names = "\n".join(str(path.relative_to(root)) for path in [*sorted(root.rglob("*"))])
+    packed = subprocess.run(
+        ["cpio", "--quiet", "-o", "-H", "newc"],
+        cwd=root,
+        input=names.encode(),
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+
+    initramfs.write_bytes(gzip.compress(packed, 1))
+    shutil.rmtree(root)
+    return Guest(kernel, initramfs)

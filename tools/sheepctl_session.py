@@ -1,0 +1,100 @@
+"""A sheepctl command's view of the cluster: etcd, the map, and the daemons that answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from sheepfs.core.clustermap import ClusterMap
+from sheepfs.core.errors import ProtocolError, SheepError
+from sheepfs.core.metadata import ClusterConfig, Keys, LockRecord
+from sheepfs.core.wire import Op
+from sheepfs.net.catalog import Catalog
+from sheepfs.net.client import connect_node
+from sheepfs.net.etcd import Etcd
+from sheepfs.net.store import Store
+
+NODE_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every command takes: where etcd is, and which cluster is meant."""
+
+    etcd: str
+    cluster: str
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An open connection to the metadata of one cluster."""
+
+    options: Options
+    store: Store
+    keys: Keys
+    catalog: Catalog
+    config: ClusterConfig
+
+    async def cluster_map(self) -> ClusterMap:
+        """Read the map; epoch 0 when no leader has made one yet."""
+        found = await self.store.get(self.keys.map)
+        return (
+            ClusterMap(0, self.config.cluster) if found is None else ClusterMap.decode(found.value)
+        )
+
+    async def holders(self) -> dict[int, LockRecord]:
+        """Give VDI id -> who holds it."""
+        found, _ = await self.store.list(self.keys.locks)
+        holders = {}
+        for item in found:
+            with suppress(ProtocolError):  # a record of a newer version does not break a listing
+                record = LockRecord.decode(item.value)
+                holders[record.vdi] = record
+        return holders
+
+    async def statuses(self, cluster_map: ClusterMap) -> dict[int, dict[str, Any] | str]:
+        """Ask all nodes at the same time; a text says why a node gave no status."""
+        answers: dict[int, dict[str, Any] | str] = {}
+
+        async def ask(node: int, address: str) -> None:
+            answers[node] = f"no answer within {NODE_TIMEOUT_S:g} s"
+            with trio.move_on_after(NODE_TIMEOUT_S):
+                try:
+                    async with connect_node(address, self.config.cluster) as link:
+                        answers[node] = await link.call_json(Op.STATUS)
+                except* SheepError as group:
+                    answers[node] = str(first_error(group))
+
+        async with trio.open_nursery() as nursery:
+            for node in cluster_map.nodes.values():
+                nursery.start_soon(ask, node.id, node.address)
+        return answers
+
+
+def first_error(error: BaseException) -> BaseException:
+    """Give the first error inside of (nested) groups: one line for people has room for one."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+@asynccontextmanager
+async def open_session(options: Options) -> AsyncIterator[Session]:
+    """Connect for as long as the block runs.
+
+    Raises:
+        UnreachableError: etcd does not answer.
+        UsageError: there is no such cluster.
+    """
+    keys = Keys(options.cluster)
+    store = Etcd(options.etcd)
+    try:
+        catalog = Catalog(store, keys)
+        yield Session(options, store, keys, catalog, await catalog.config())
+    finally:
+        with trio.CancelScope(shield=True):
+            await store.aclose()
