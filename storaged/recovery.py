@@ -31,6 +31,8 @@ from sheepfs.core.wire import Op
 from sheepfs.net.link import Link
 from storaged.logic.catchup import Listed, plan
 from storaged.replica import Replica
+from storaged.store.format import BITMAP_SIZE
+from storaged.store.level import make_patch
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,6 @@ PULL_TIMEOUT_S = 5.0
 RETRY_DELAY_S = 0.1
 PARALLEL_GROUPS = 4
 PARALLEL_PULLS = 4
-BITMAP_SIZE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,22 +147,23 @@ class Recovery:
             raise ProtocolError(f"node {source.node} sent a bad list: {error}") from error
         store = self._replica.store
         ours = store.list(copies, number, len(self._replica.map.pools[copies]))
-        todo = plan(ours, theirs, self._replica.fresh)
-        self._replica.fresh.update(todo.equal)
+        fresh = self._replica.fresh.of(copies, number, group.changed)
+        todo = plan(ours, theirs, fresh)
+        fresh.update(todo.equal)
         async with trio.open_nursery() as nursery:
             for oid in todo.pull:
                 await self._limit.acquire_on_behalf_of(oid)
-                nursery.start_soon(self._pull_one, oid, copies, number)
-        if missing := [oid for oid in todo.pull if oid not in self._replica.fresh]:
+                nursery.start_soon(self._pull_one, oid, copies, number, fresh)
+        if missing := [oid for oid in todo.pull if oid not in fresh]:
             raise RecoveringError(f"{len(missing)} objects could not be pulled yet")
         for oid in todo.strays:
-            if oid not in self._replica.fresh and not self._replica.is_held(oid):
+            if oid not in fresh and not self._replica.is_held(oid):
                 store.quarantine(oid)
                 log.info("%s: no sync member has it; quarantined", describe_oid(oid))
 
-    async def _pull_one(self, oid: int, copies: int, number: int) -> None:
+    async def _pull_one(self, oid: int, copies: int, number: int, fresh: set[int]) -> None:
         try:
-            if oid in self._replica.fresh or self._replica.is_held(oid):
+            if oid in fresh or self._replica.is_held(oid):
                 # A write got here first and pulls it; the next round sees the result.
                 return
             self._replica.hold(oid)
@@ -218,32 +220,34 @@ class Recovery:
         except ObjectNotFoundError:
             if replica.node in replica.map.pools[pool][pg].joining and store.get(oid) is not None:
                 store.quarantine(oid)
-            replica.fresh.add(oid)
+            replica.fresh_of(pool, pg).add(oid)
             raise
         own = store.get(oid)
         trusted = own is not None and not own.suspect and self._is_trusted(oid, pool, pg)
         if own is not None and trusted and header.version < own.version and not exact:
             # The peer has yet to get a write that this node acknowledged: never go back.
             raise RecoveringError(f"node {link.node} is behind for {describe_oid(oid)}")
-        differs, zero, data = body[:BITMAP_SIZE], body[BITMAP_SIZE : 2 * BITMAP_SIZE], body[256:]
-        if len(body) < 2 * BITMAP_SIZE:
-            raise ProtocolError(f"node {link.node} answered a pull with {len(body)} bytes")
+        patch = await trio.to_thread.run_sync(
+            make_patch,
+            hashes,
+            header.version,
+            header.span,
+            body[:BITMAP_SIZE],
+            body[BITMAP_SIZE : 2 * BITMAP_SIZE],
+            memoryview(body)[2 * BITMAP_SIZE :],
+        )
         if not store.is_marked(oid):
             await trio.to_thread.run_sync(store.mark, [oid])
-        await trio.to_thread.run_sync(
-            lambda: store.patch(
-                oid, header.version, header.span, differs, zero, data, pool=pool, pg=pg
-            )
-        )
-        replica.fresh.add(oid)
+        store.patch(oid, patch, pool=pool, pg=pg)
+        replica.fresh_of(pool, pg).add(oid)
         replica.counters.pulled_objects += 1
-        replica.counters.pulled_bytes += len(data)
+        replica.counters.pulled_bytes += len(patch.data)
         if own is not None and trusted:
-            replica.counters.repaired_blocks += sum(map(int.bit_count, differs))
+            replica.counters.repaired_blocks += len(patch.differs)
 
     def _is_trusted(self, oid: int, pool: int, pg: int) -> bool:
         group = self._replica.map.pools[pool][pg]
-        return self._replica.node in group.sync or oid in self._replica.fresh
+        return self._replica.node in group.sync or oid in self._replica.fresh_of(pool, pg)
 
 
 def parse_joined(content: object) -> list[JoinedGroup]:
@@ -254,6 +258,7 @@ def parse_joined(content: object) -> list[JoinedGroup]:
         raise ProtocolError(f"not a list of joined groups: {error}") from error
 
 
-def encode_joined(groups: list[JoinedGroup]) -> bytes:
+def encode_joined(node: int, incarnation: int, groups: list[JoinedGroup]) -> bytes:
     """Give the payload of a JOINED request."""
-    return json.dumps([[g.pool, g.pg, g.changed] for g in groups]).encode()
+    rows = [[g.pool, g.pg, g.changed] for g in groups]
+    return json.dumps({"node": node, "incarnation": incarnation, "groups": rows}).encode()

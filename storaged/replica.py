@@ -18,12 +18,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import trio
+from xxhash import xxh3_128_hexdigest
 
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import CorruptError, DiskError, RecoveringError, SheepError, Status
 from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
 from sheepfs.core.wire import FLAG_CREATE, HEADER_SIZE, Buffer, Header, Op
+from storaged.logic.catchup import Fresh
 from storaged.logic.gate import Refusal, Role, check_epoch, check_token, check_write_token
+from storaged.store.entry import CORRUPT
 from storaged.store.objects import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -86,7 +89,7 @@ class Replica:
         self.incarnation = incarnation
         self.map = ClusterMap(0, "")
         self.tokens = store.tokens()
-        self.fresh: set[int] = set()
+        self.fresh = Fresh()
         self.counters = Counters()
         self.puller: Puller | None = None
         self._nursery = nursery
@@ -117,12 +120,16 @@ class Replica:
             nursery.start_soon(self._flusher)
 
     def set_map(self, cluster_map: ClusterMap) -> None:
-        """Take a newer map; groups that this node is not joining any more need no `fresh`."""
+        """Take a newer map."""
         self.map = cluster_map
-        if not any(
-            self.node in group.joining for pgs in cluster_map.pools.values() for group in pgs
-        ):
-            self.fresh.clear()
+        for pool, pgs in cluster_map.pools.items():
+            for pg, group in enumerate(pgs):
+                if self.node not in group.joining:
+                    self.fresh.forget(pool, pg)
+
+    def fresh_of(self, pool: int, pg: int) -> set[int]:
+        """Objects of a group that are level since this node began to join it."""
+        return self.fresh.of(pool, pg, self.map.pools[pool][pg].changed)
 
     # -- dispatch ---------------------------------------------------------------------------
 
@@ -272,12 +279,24 @@ class Replica:
         await self.puller.pull(oid, pool, pg, source)
 
     def _when_trusted(self, client: Client, header: Header, payload: Buffer) -> None:
-        """A suspect on a sync node: nobody stayed that could know better, so it is the truth."""
+        """Resolve a suspect, then carry out the request."""
         held = self._held.get(header.oid)
         if held is not None:
             self._queue(held, client, header, payload)
         else:
-            self._after(self._launder, client, header, payload)
+            self._after(
+                lambda oid: self._resolve(oid, header.pool, header.pg), client, header, payload
+            )
+
+    async def _resolve(self, oid: int, pool: int, pg: int) -> None:
+        """A peer that stayed knows better; if there is none, this copy is the truth (I8)."""
+        if len(self.map.pools[pool][pg].sync) > 1:
+            await self._bring_level(oid, pool, pg)
+            return
+        entry = self.store.get(oid)
+        if entry is not None and entry.state == CORRUPT:
+            raise CorruptError(f"{describe_oid(oid)}: the only copy has a damaged header")
+        await self._launder(oid)
 
     async def _launder(self, oid: int) -> None:
         await trio.to_thread.run_sync(self.store.launder, oid, self.map.epoch)
@@ -295,7 +314,7 @@ class Replica:
         create = bool(header.flags & FLAG_CREATE) and header.op == Op.WRITE
         if create and not (entry and entry.version >= header.version and not entry.suspect):
             pass
-        elif role is Role.JOINING and oid not in self.fresh:
+        elif role is Role.JOINING and oid not in self.fresh_of(header.pool, header.pg):
             self._after(
                 lambda oid: self._bring_level(oid, header.pool, header.pg), client, header, payload
             )
@@ -306,7 +325,7 @@ class Replica:
                 return
             raise Refusal(Status.STALE_OBJECT, f"{describe_oid(oid)} is not here")
         elif entry.suspect:
-            self._after(self._launder, client, header, payload)
+            self._when_trusted(client, header, payload)
             return
         elif entry.version >= header.version:
             client.reply(header, version=entry.version)
@@ -327,7 +346,7 @@ class Replica:
             return
         self._apply(header, payload, create)
         if role is Role.JOINING:
-            self.fresh.add(oid)
+            self.fresh_of(header.pool, header.pg).add(oid)
         client.reply(header)
 
     def _apply(self, header: Header, payload: Buffer, create: bool) -> None:
@@ -401,7 +420,7 @@ class Replica:
                 raise
             self.store.end_flush(job)
         if self.store.needs_trim:
-            self.store.trim_marks()
+            await trio.to_thread.run_sync(self.store.trim_marks)
 
     # -- comparing and mending ---------------------------------------------------------------
 
@@ -414,11 +433,26 @@ class Replica:
         if entry.suspect:
             self._when_trusted(client, header, payload)
             return
-        body = b""
         if header.flags:
-            digest = self.store.digest(header.oid)
-            body = json.dumps({"digest": digest, "lineage": entry.lineage}).encode()
-        client.reply(header, body, version=entry.version, span=entry.lineage)
+            self.hold(header.oid)
+            self._nursery.start_soon(self._stat_with_digest, client, header)
+            return
+        client.reply(header, version=entry.version, span=entry.lineage)
+
+    async def _stat_with_digest(self, client: Client, header: Header) -> None:
+        """The digest is of the data on disk, not of what the table says of it."""
+        oid = header.oid
+        try:
+            digests = await trio.to_thread.run_sync(self.store.digests, oid)
+            entry = self.store.get(oid)
+            lineage = entry.lineage if entry else 0
+            digest = xxh3_128_hexdigest(digests)
+            body = json.dumps({"digest": digest, "lineage": lineage}).encode()
+            client.reply(header, body, version=self._version(oid), span=lineage)
+        except SheepError as error:
+            self._fail(client, header, error)
+        finally:
+            self.release(oid)
 
     def _extents(self, client: Client, header: Header, payload: Buffer) -> None:
         check_token(header, self.tokens)

@@ -62,7 +62,7 @@ class Connection:
         self._wake = trio.Event()
         self._idle = False
         self._drained = trio.Event()
-        self._closed = False
+        self.closed = False
 
     def send(self, op: int, request: int, payload: Buffer = b"", **fields: int) -> None:
         """Queue a frame (see `wire.encode` for the fields); never blocks."""
@@ -89,7 +89,7 @@ class Connection:
             self._drained.set()
 
     async def _drain(self, limit_bytes: int) -> None:
-        while self.queued_bytes > limit_bytes and not self._closed:
+        while self.queued_bytes > limit_bytes and not self.closed:
             self._drained = trio.Event()
             await self._drained.wait()
 
@@ -183,7 +183,7 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket at once; the reader and writer tasks end with an error."""
-        self._closed = True
+        self.closed = True
         self._drained.set()
         self.sock.close()
 

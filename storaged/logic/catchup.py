@@ -15,6 +15,28 @@ class Listed(NamedTuple):
     suspect: bool
 
 
+class Fresh:
+    """Objects known to be level with a sync member since this node began to join their group.
+
+    Writes keep them level. Whenever the group changes, nothing is known any more: the node may
+    have been out of the group in an epoch that it never saw.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[int, int], tuple[int, set[int]]] = {}
+
+    def of(self, pool: int, pg: int, changed: int) -> set[int]:
+        """Give the level objects of a group as of its change in epoch `changed`."""
+        known = self._groups.get((pool, pg))
+        if known is None or known[0] != changed:
+            known = self._groups[pool, pg] = (changed, set())
+        return known[1]
+
+    def forget(self, pool: int, pg: int) -> None:
+        """This node is not joining the group (any more)."""
+        self._groups.pop((pool, pg), None)
+
+
 class Copy(Protocol):
     """What the comparison reads of a listed object."""
 

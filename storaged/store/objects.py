@@ -30,6 +30,7 @@ from storaged.store.entry import CORRUPT, OK, SUSPECT, ObjectInfo, StoredObject
 from storaged.store.files import OpenFiles, default_limit
 from storaged.store.flush import FlushJob, FlushTracker
 from storaged.store.format import Header, cluster_hash
+from storaged.store.level import Difference, Leveller, Patch
 from storaged.store.reader import Reader
 from storaged.store.replace import Replacer
 from storaged.store.space import SpaceGuard
@@ -81,6 +82,16 @@ class ObjectStore:
             self._tracker,
             self._marks,
             self._space,
+        )
+        self._leveller = Leveller(
+            disk,
+            self._health,
+            self._catalog,
+            self._files,
+            self._reader,
+            self._tracker,
+            self._space,
+            self._writer.make,
         )
         self._replacer = Replacer(
             disk, self._health, self._catalog, self._files, self._space, cluster
@@ -300,6 +311,24 @@ class ObjectStore:
         All three are of one moment, whatever is written meanwhile. Raises: as `read`.
         """
         return self._reader.export(oid)
+
+    def digests(self, oid: int) -> bytes:
+        """Give 8 KiB: the checksum of each block as it is on disk, 0 for zeros. Blocks.
+
+        Of an absent object all are 0. Raises DiskError.
+        """
+        return self._leveller.digests(oid)
+
+    def difference(self, oid: int, digests: bytes) -> Difference:
+        """Compare an object with another copy's `digests`. Blocks. Raises: as `read`."""
+        return self._leveller.difference(oid, digests)
+
+    def patch(self, oid: int, patch: Patch, *, pool: int, pg: int) -> None:
+        """Make a marked object (made if absent) equal to a source's. Durable when flushed.
+
+        Raises: NoSpaceError (nothing changed), DiskError.
+        """
+        self._leveller.patch(oid, patch, pool, pg)
 
     def extents(self, oid: int) -> bytes:
         """Give the 128-byte bitmap of blocks that may hold data. May block. Raises: as `read`."""

@@ -89,7 +89,7 @@ class Reader:
                 pieces, bad = found
                 if not bad:
                     return pieces
-                if self._settled(entry, file, sequence):
+                if self.settled(entry, file, sequence):
                     raise self._corrupt(oid, bad)
             current = self._catalog.objects.get(oid)
             if current is None or current.state or self._health.failed is not None:
@@ -112,7 +112,7 @@ class Reader:
                 if is_data:
                     pieces += self.read_blocks(entry, start, end - start)
             # Version, bitmap and data must be those of one moment.
-            if self._settled(entry, file, sequence):
+            if self.settled(entry, file, sequence):
                 return info, bitmap_of(sums), pieces
         raise RetryableError(f"object {format_oid(oid)} changes too fast to be copied")
 
@@ -145,7 +145,7 @@ class Reader:
             except OSError as error:
                 raise self._failed(oid, error) from error
             bad = [first + i for i in range(_CHUNK) if found[i] != sums[i]]
-            if not bad or self._settled(entry, file, sequence):
+            if not bad or self.settled(entry, file, sequence):
                 return bad
         raise RetryableError(f"object {format_oid(oid)} changes too fast to be checked")
 
@@ -187,7 +187,7 @@ class Reader:
             return None
         return memoryview(buffer)
 
-    def _settled(self, entry: StoredObject, file: OpenFile, sequence: int) -> bool:
+    def settled(self, entry: StoredObject, file: OpenFile, sequence: int) -> bool:
         """Tell whether nothing was written since `sequence` was read."""
         return (
             not sequence & 1

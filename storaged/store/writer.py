@@ -91,7 +91,7 @@ class Writer:
             self.delete(oid)
             entry = None
         made = entry is None
-        entry = self._make(oid, pool, pg) if entry is None else entry
+        entry = self.make(oid, pool, pg) if entry is None else entry
         # Until the new content is whole, a thread that exports the object must not see it.
         entry.state = SUSPECT
         try:
@@ -235,7 +235,7 @@ class Writer:
             sums.append(block_sum(b"".join((view[stop:], old[rest:]))))
         return sums
 
-    def _make(self, oid: int, pool: int, pg: int) -> StoredObject:
+    def make(self, oid: int, pool: int, pg: int) -> StoredObject:
         """Make an empty object file and its entry; nothing of it is durable yet."""
         entry = StoredObject(oid, pool, pg)
         try:

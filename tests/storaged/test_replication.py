@@ -1,0 +1,239 @@
+"""Replicated changes through real daemons' insides: what every member must have, and when."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from fakes.static_cluster import PG_COUNT, StaticCluster, static_cluster
+from fakes.waiting import wait_until
+from sheepfs.core.errors import FencedError, StaleObjectError
+from sheepfs.core.geometry import data_object, pg_of
+from sheepfs.core.wire import FLAG_CREATE, Op
+from sheepfs.net.fencing import fence_everywhere
+from sheepfs.net.router import Router
+from sheepfs.objects import ObjectReader
+from sheepfs.replication import Replicator
+from sheepfs.volume import OperationError, completion
+
+VDI, LAYER = 2, 2
+OID = data_object(LAYER, 0)
+BLOCK = 4096
+
+
+class Holder:
+    """A holder of one VDI, as Volume would be."""
+
+    def __init__(self, router: Router, nursery: trio.Nursery, token: int) -> None:
+        self.replicator = Replicator(router, nursery, VDI, 3, token, generation=token)
+        self.reader = ObjectReader(router, VDI, 3)
+        self.reader.token = token
+        nursery.start_soon(self.replicator.run)
+
+    async def create(self, oid: int, data: bytes, offset: int = 0) -> None:
+        state = self.replicator.state(oid)
+        state.ready = True
+        await self._change(oid, offset, data, FLAG_CREATE)
+
+    async def write(self, oid: int, data: bytes, offset: int = 0) -> None:
+        await self._change(oid, offset, data, 0)
+
+    async def _change(self, oid: int, offset: int, data: bytes, flags: int) -> None:
+        state = self.replicator.state(oid)
+        with trio.fail_after(10):
+            await completion(
+                lambda done: self.replicator.change(
+                    state, Op.WRITE, offset, len(data), data, done, flags
+                )
+            )
+
+    async def read(self, oid: int, offset: int = 0, length: int = BLOCK) -> bytes:
+        with trio.fail_after(10):
+            return await self.reader.fetch(oid, offset, length)
+
+    async def flush(self) -> None:
+        with trio.fail_after(10):
+            await self.replicator.make_durable(LAYER)
+
+
+@asynccontextmanager
+async def holding(
+    path: Path, token: int = 1
+) -> AsyncIterator[tuple[StaticCluster, Router, Holder]]:
+    async with static_cluster(path) as (cluster, router), trio.open_nursery() as nursery:
+        yield cluster, router, Holder(router, nursery, token)
+        nursery.cancel_scope.cancel()
+
+
+def on_disk(cluster: StaticCluster, node: int, oid: int = OID, length: int = BLOCK) -> bytes:
+    found = cluster.nodes[node].store.read(oid, 0, length, wait=True)
+    return b"".join(found) if isinstance(found, list) else bytes(found or b"")
+
+
+async def test_a_write_is_on_every_member_when_it_is_acknowledged(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, _, holder):
+        await holder.create(OID, b"a" * BLOCK)
+        assert [on_disk(cluster, n) for n in (1, 2, 3)] == [b"a" * BLOCK] * 3
+
+
+async def test_writes_pipeline_in_order(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, _, holder):
+        await holder.create(OID, b"0" * BLOCK)
+        async with trio.open_nursery() as nursery:
+            for i in range(50):
+                nursery.start_soon(holder.write, OID, bytes([i]) * BLOCK)
+        assert len({on_disk(cluster, n) for n in (1, 2, 3)}) == 1
+
+
+async def test_a_dead_member_stalls_writes_until_a_new_epoch(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, _, holder), trio.open_nursery() as nursery:
+        await holder.create(OID, b"a" * BLOCK)
+        cluster.nodes[3].stop()
+        done = trio.Event()
+
+        async def write() -> None:
+            await holder.write(OID, b"b" * BLOCK)
+            done.set()
+
+        nursery.start_soon(write)
+        await wait_until(lambda: on_disk(cluster, 1) == b"b" * BLOCK)
+        assert not done.is_set()
+        cluster.publish([1, 2])
+        with trio.fail_after(5):
+            await done.wait()
+
+
+async def test_a_returning_member_catches_up_and_has_later_writes(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, _, holder):
+        for i in range(8):
+            await holder.create(data_object(LAYER, i), bytes([i]) * BLOCK)
+        await holder.flush()
+        cluster.nodes[3].clean = False
+        cluster.nodes[3].stop()
+        cluster.publish([1, 2])
+        for i in range(8):
+            await holder.write(data_object(LAYER, i), bytes([i + 100]) * BLOCK)
+        await cluster.nodes[3].start()
+        cluster.publish([1, 2], [3])
+        await holder.write(OID, b"z" * BLOCK, offset=BLOCK)
+        await wait_until(lambda: all(3 in g.sync for g in cluster.map.pools[3]))
+        for i in range(8):
+            oid = data_object(LAYER, i)
+            copies = {on_disk(cluster, n, oid, 2 * BLOCK) for n in (1, 2, 3)}
+            assert len(copies) == 1
+        assert on_disk(cluster, 3) == bytes([100]) * BLOCK
+
+
+async def test_objects_deleted_while_a_member_was_away_are_quarantined(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, router, holder):
+        await holder.create(OID, b"a" * BLOCK)
+        await holder.flush()
+        cluster.nodes[3].stop()
+        cluster.publish([1, 2])
+        await wait_until(lambda: router.map.epoch == cluster.map.epoch)
+        version = holder.replicator.state(OID).version
+        for node in (1, 2):
+            link = router.link(node)
+            assert link is not None
+            fields = holder.replicator.fields(OID, pg_of(OID, PG_COUNT))
+            await link.call(Op.DELETE, b"", prev=version, version=version + 1, **fields)
+        await cluster.nodes[3].start()
+        cluster.publish([1, 2], [3])
+        await wait_until(lambda: all(3 in g.sync for g in cluster.map.pools[3]))
+        assert cluster.nodes[3].store.get(OID) is None
+        assert cluster.nodes[3].store.usage().quarantined == 1
+
+
+async def test_a_fenced_holder_can_neither_write_nor_read_nor_flush(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (_, router, holder):
+        await holder.create(OID, b"a" * BLOCK)
+        await fence_everywhere(router, VDI, 5)
+        with pytest.raises(FencedError):
+            await holder.read(OID)
+        with pytest.raises(FencedError):
+            await holder.flush()
+        with pytest.raises(OperationError):
+            await holder.write(OID, b"b" * BLOCK)
+
+
+async def test_a_fence_survives_a_crash_of_the_node(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, router, holder):
+        await fence_everywhere(router, VDI, 5)
+        cluster.nodes[1].clean = False
+        for node in (1, 2, 3):
+            cluster.nodes[node].stop()
+        await wait_until(lambda: not router.links)
+        for node in (1, 2, 3):
+            await cluster.nodes[node].start()
+        cluster.publish([1, 2, 3])
+        await wait_until(lambda: len(router.links) == 3)
+        with pytest.raises(OperationError):
+            await holder.create(OID, b"b" * BLOCK)
+
+
+async def test_replicas_that_differ_are_levelled_before_the_next_holder_reads(
+    tmp_path: Path,
+) -> None:
+    async with holding(tmp_path) as (cluster, router, holder), trio.open_nursery() as nursery:
+        await holder.create(OID, b"a" * BLOCK)
+        # The former holder died when only node 2 had its last write.
+        store = cluster.nodes[2].store
+        store.write(OID, 0, b"b" * BLOCK, holder.replicator.state(OID).version + 1)
+        await fence_everywhere(router, VDI, 2)
+        second = Holder(router, nursery, 2)
+        with trio.fail_after(10):
+            await second.replicator.open(second.replicator.state(OID))
+        assert {on_disk(cluster, n) for n in (1, 2, 3)} == {b"b" * BLOCK}
+        await second.write(OID, b"c" * BLOCK)
+        assert {on_disk(cluster, n) for n in (1, 2, 3)} == {b"c" * BLOCK}
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_write_on_an_older_version_is_refused_with_the_one_that_is_there(
+    tmp_path: Path,
+) -> None:
+    async with holding(tmp_path) as (_, router, holder):
+        await holder.create(OID, b"a" * BLOCK)
+        link = router.link(1)
+        assert link is not None
+        fields = holder.replicator.fields(OID, pg_of(OID, PG_COUNT))
+        with pytest.raises(StaleObjectError) as caught:
+            await link.call(Op.WRITE, b"x" * BLOCK, span=BLOCK, prev=3, version=1 << 60, **fields)
+        assert caught.value.version == holder.replicator.state(OID).version
+
+
+async def test_a_bad_block_is_read_from_a_peer_and_repaired(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, _, holder):
+        await holder.create(OID, b"a" * BLOCK)
+        await holder.flush()
+        path = next(cluster.nodes[1].path.glob(f"objects/*/*/{OID:016x}"))
+        with path.open("r+b") as file:
+            file.write(b"X")
+        for _ in range(6):
+            assert await holder.read(OID) == b"a" * BLOCK
+        await wait_until(lambda: on_disk(cluster, 1) == b"a" * BLOCK)
+        assert cluster.nodes[1].replica.counters.corrupt_blocks == 1
+        assert cluster.nodes[1].replica.counters.repaired_blocks == 1
+
+
+async def test_when_all_members_were_killed_the_last_one_is_the_truth(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, router, holder), trio.open_nursery() as nursery:
+        await holder.create(OID, b"a" * BLOCK)
+        await holder.flush()
+        for node in cluster.nodes.values():
+            node.clean = False
+            node.stop()
+        await wait_until(lambda: not router.links)
+        for node in cluster.nodes.values():
+            await node.start()
+        cluster.publish([3], [1, 2])
+        await fence_everywhere(router, VDI, 2)
+        second = Holder(router, nursery, 2)
+        assert await second.read(OID) == b"a" * BLOCK
+        await wait_until(lambda: all(len(g.sync) == 3 for g in cluster.map.pools[3]))
+        assert len({on_disk(cluster, n) for n in (1, 2, 3)}) == 1
+        nursery.cancel_scope.cancel()
