@@ -146,19 +146,18 @@ class Checker:
                 if node not in self._links:
                     continue
                 try:
-                    _, body = await self._links[node].call(
-                        Op.READ,
-                        b"",
-                        span=OBJECT_SIZE,
-                        timeout_s=CALL_TIMEOUT_S,
-                        **self._fields(oid),
-                    )
+                    return await self._read(self._links[node], oid)
                 except SheepError as error:
                     problem = error
-                else:
-                    return body
             await self._pause()
         raise problem
+
+    async def _read(self, link: Link, oid: int) -> bytes:
+        fields = self._fields(oid)
+        _, body = await link.call(
+            Op.READ, b"", span=OBJECT_SIZE, timeout_s=CALL_TIMEOUT_S, **fields
+        )
+        return body
 
     async def _present_objects(self) -> set[int]:
         """Objects of the VDI's active layer that any member has, named or not."""
@@ -216,9 +215,7 @@ class Checker:
             )
             digest = str(json.loads(body)["digest"])
             if self._deep:
-                _, data = await link.call(
-                    Op.READ, b"", span=OBJECT_SIZE, timeout_s=CALL_TIMEOUT_S, **self._fields(oid)
-                )
+                data = await self._read(link, oid)
                 digest += " " + xxh3_64_hexdigest(data)
         except ObjectNotFoundError:
             return "missing"

@@ -1,0 +1,83 @@
+"""Damage on one node's disk: reads stay right, the replica is repaired, and status says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from e2e.cluster import Mounted, object_bytes, run
+from sheepfs.core.geometry import OBJECT_SIZE
+from sheepfs_tools.processes import wait_for
+
+PATTERN = (bytes(range(1, 251)) * 16778)[:OBJECT_SIZE]
+"""One object without a zero byte."""
+
+
+@pytest.fixture
+def victim(mounted: Mounted, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """A flushed VDI of one object, and one of its three replica files."""
+    before = set(mounted.object_files())
+    name = f"damage{abs(hash(request.node.name)) % 10**8}"
+    path = mounted.create(name, "4M")
+    path.write_bytes(PATTERN)
+    run("sync", path)
+    new = {oid: files for oid, files in mounted.object_files().items() if oid not in before}
+    (files,) = [f for f in new.values() if object_bytes(f[0]) == PATTERN]
+    assert len(files) == 3
+    return path, files[1]
+
+
+def read_often(path: Path) -> None:
+    """Read often enough that every replica is asked for every block."""
+    for _ in range(9):
+        assert path.read_bytes() == PATTERN
+
+
+def repaired(mounted: Mounted) -> int:
+    return int(mounted.status()["repaired_blocks"])
+
+
+def test_a_flipped_byte_in_one_replica_is_never_read_and_is_repaired(
+    mounted: Mounted, victim: tuple[Path, Path]
+) -> None:
+    path, replica = victim
+    before = repaired(mounted)
+    with replica.open("r+b") as file:
+        file.seek(1_000_000)
+        byte = file.read(1)
+        file.seek(1_000_000)
+        file.write(bytes([byte[0] ^ 0x40]))
+    read_often(path)
+    wait_for(
+        lambda: object_bytes(replica) == PATTERN,
+        20,
+        "the flipped byte to be repaired",
+    )
+    wait_for(lambda: repaired(mounted) > before, 5, "status to count the repair")
+    assert mounted.status()["corrupt_blocks"] > 0
+    logs = "".join(node.log.read_text() for node in mounted.cluster.nodes.values())
+    assert "repair" in logs
+    mounted.assert_replicas_agree(path.stem)
+
+
+def test_a_deleted_object_file_is_never_read_as_zeros_and_is_restored(
+    mounted: Mounted, victim: tuple[Path, Path]
+) -> None:
+    path, replica = victim
+    number = next(
+        n
+        for n in mounted.cluster.nodes
+        if replica.is_relative_to(mounted.cluster.node_directory(n))
+    )
+    before = repaired(mounted)
+    replica.unlink()
+    # A daemon keeps files open: what it lost it only sees after a restart.
+    mounted.cluster.nodes[number].stop()
+    mounted.cluster.start_node(number)
+    mounted.wait_healthy()
+    read_often(path)
+    wait_for(replica.exists, 20, "the object file to be back")
+    mounted.assert_replicas_agree(path.stem)
+    assert object_bytes(replica) == PATTERN
+    assert repaired(mounted) >= before
