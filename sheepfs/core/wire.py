@@ -62,6 +62,7 @@ class Op(IntEnum):
     REPORT = 15
     JOINED = 16
     STATUS = 17
+    RECLAIM = 18
 
 
 class Header(NamedTuple):

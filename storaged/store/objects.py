@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sheepfs.core.errors import UsageError, WrongClusterError
-from sheepfs.core.geometry import format_oid, pg_of
+from sheepfs.core.geometry import format_oid, layer_of, pg_of
 from sheepfs.core.wire import Buffer
 from storaged.store import startup, superblock
 from storaged.store.catalog import Catalog
@@ -390,6 +390,10 @@ class ObjectStore:
         self._health.check()
         group = self._catalog.group(pool, pg)
         return [e.info() for e in group if not pg_count or pg_of(e.oid, pg_count) == pg]
+
+    def of_layer(self, layer: int) -> Sequence[int]:
+        """Give the ids of all objects of a layer."""
+        return [e.oid for e in self._catalog.everything() if layer_of(e.oid) == layer]
 
     def suspects(self) -> list[int]:  # type: ignore[valid-type]
         """Give the ids of all objects to be resolved with peers (corrupt headers included)."""

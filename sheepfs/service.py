@@ -1,0 +1,56 @@
+"""What both daemons need to be good services: readiness, logging, common options."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+
+DEFAULT_ETCD = "127.0.0.1:2379"
+DEFAULT_CLUSTER = "default"
+
+
+def notify(state: str) -> None:
+    """Tell the service manager (`READY=1`, `STOPPING=1`, `STATUS=…`); nothing without one.
+
+    Source: sd_notify(3).
+    """
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.connect(address)
+            sock.sendall(state.encode())
+    except OSError as error:
+        logging.getLogger(__name__).warning("cannot notify the service manager: %s", error)
+
+
+def add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--etcd` and `--cluster`, with their environment variables as defaults."""
+    parser.add_argument(
+        "--etcd",
+        metavar="HOST:PORT[,…]",
+        default=os.environ.get("SHEEPFS_ETCD", DEFAULT_ETCD),
+        help=f"etcd's members (env SHEEPFS_ETCD, default {DEFAULT_ETCD})",
+    )
+    parser.add_argument(
+        "--cluster",
+        metavar="NAME",
+        default=os.environ.get("SHEEPFS_CLUSTER", DEFAULT_CLUSTER),
+        help=f"name of the cluster (env SHEEPFS_CLUSTER, default {DEFAULT_CLUSTER})",
+    )
+
+
+def setup_logging(verbose: bool) -> None:
+    """Log to stderr, one line per event; under systemd the journal adds the time."""
+    stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if verbose else logging.INFO,
+        format=f"{stamp}%(levelname)s %(name)s: %(message)s",
+    )

@@ -1,0 +1,279 @@
+"""One storage daemon: its parts, wired together, from start to clean stop.
+
+Start: open the data directory, learn the cluster from etcd, listen, announce, follow the map.
+Clean stop: withdraw (the leader votes this node out, so nobody waits for it), flush, close.
+A disk error ends the daemon at once and uncleanly: its peers have the data (I5).
+"""
+
+from __future__ import annotations
+
+import logging
+import socket as stdlib_socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from sheepfs.core.clustermap import ClusterMap, NodeState
+from sheepfs.core.errors import SheepError, UnreachableError
+from sheepfs.core.metadata import ClusterConfig, Keys
+from sheepfs.core.wire import Op
+from sheepfs.net.catalog import Catalog
+from sheepfs.net.etcd import Etcd
+from sheepfs.net.router import Router
+from sheepfs.net.store import Store, parse_endpoints
+from storaged.control import Control
+from storaged.leader import Leader
+from storaged.membership import Announcer, MapFollower, ensure_config, register
+from storaged.ping import ping
+from storaged.reclaim import Reclaimer
+from storaged.recovery import JoinedGroup, Recovery, encode_joined
+from storaged.replica import Replica
+from storaged.server import Server, listen
+from storaged.store.objects import ObjectStore
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 2.0
+START_RETRY_S = 1.0
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says."""
+
+    data_dir: Path
+    etcd: str
+    cluster: str
+    listen: str
+    advertise: str | None
+    zone: str | None
+    weight: float | None
+    pg_count: int
+
+
+class Daemon:
+    """A storage daemon that runs until `stop` or a disk error."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._stop = trio.Event()
+        self._disk_error: SheepError | None = None
+
+    def stop(self) -> None:
+        """Begin a clean stop."""
+        self._stop.set()
+
+    async def run(self, ready: Callable[[str], None]) -> None:
+        """Serve until stopped.
+
+        Args:
+            ready: called once with a line that says where the node serves.
+
+        Raises:
+            SheepError: it could not start, or the disk failed.
+        """
+        options = self._options
+        keys = Keys(options.cluster)
+        async with Etcd(options.etcd) as store:
+            config = await self._config(store, keys)
+            objects = ObjectStore.open(options.data_dir, cluster=config.cluster, create=True)
+            try:
+                node = await register(store, keys, objects.uuid, objects.node_id)
+                if objects.node_id is None:
+                    objects.set_node_id(node)
+                await self._serve(store, keys, config, objects, node, ready)
+            finally:
+                objects.close(clean=self._disk_error is None)
+        if self._disk_error is not None:
+            raise self._disk_error
+
+    async def _config(self, store: Store, keys: Keys) -> ClusterConfig:
+        """Wait for etcd: after a power cut all machines start at once."""
+        complained = False
+        while True:
+            try:
+                return await ensure_config(store, keys, self._options.pg_count)
+            except UnreachableError as error:
+                if not complained:
+                    log.warning("waiting for etcd: %s", error)
+                    complained = True
+                await trio.sleep(START_RETRY_S)
+
+    async def _serve(
+        self,
+        store: Store,
+        keys: Keys,
+        config: ClusterConfig,
+        objects: ObjectStore,
+        node: int,
+        ready: Callable[[str], None],
+    ) -> None:
+        options = self._options
+        listeners = await listen(options.listen)
+        port = listeners[0].socket.getsockname()[1]
+        address = options.advertise or _own_address(options.listen, options.etcd, port)
+        weight = options.weight
+        if weight is None:
+            weight = max(0.01, objects.usage().total / GIB)
+        zone = options.zone or stdlib_socket.gethostname()
+        announcer = Announcer(store, keys, node, address, zone, weight)
+        async with trio.open_nursery() as nursery:
+            parts = _Parts(store, keys, config, objects, announcer, nursery, self._fail)
+            nursery.start_soon(parts.server.serve, listeners)
+            nursery.start_soon(parts.replica.run)
+            parts.replica.incarnation = await nursery.start(announcer.run)
+            nursery.start_soon(parts.router.run)
+            nursery.start_soon(parts.recovery.run)
+            nursery.start_soon(parts.follower.run)
+            nursery.start_soon(parts.leader.run)
+            nursery.start_soon(parts.reclaimer.run)
+            ready(
+                f"node {node} of cluster {options.cluster} serves {options.data_dir} at {address}"
+            )
+            await self._stop.wait()
+            if self._disk_error is None:
+                await self._leave(parts, announcer)
+            nursery.cancel_scope.cancel()
+
+    async def _leave(self, parts: _Parts, announcer: Announcer) -> None:
+        """Serve on until the leader has voted this node out, so that no write waits for it."""
+        log.info("stopping: leaving the cluster")
+        await announcer.withdraw()
+        with trio.move_on_after(STOP_GRACE_S):
+            while parts.is_serving() and len(parts.replica.map.nodes) > 1:
+                await parts.map_changed.wait()
+
+    def _fail(self, error: SheepError) -> None:
+        if self._disk_error is None:
+            log.critical("the disk failed, leaving the cluster for good: %s", error)
+            self._disk_error = error
+            self._stop.set()
+
+
+class _Parts:
+    """The parts of a running daemon and what passes between them."""
+
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        config: ClusterConfig,
+        objects: ObjectStore,
+        announcer: Announcer,
+        nursery: trio.Nursery,
+        on_disk_error: Callable[[SheepError], None],
+    ) -> None:
+        node = announcer.node
+        self.map_changed = trio.Event()
+        self._objects = objects
+        self._announcer = announcer
+        self.replica = Replica(objects, node, announcer.incarnation, nursery, on_disk_error)
+        self.follower = MapFollower(store, keys, config.cluster, self._on_map)
+        self.router = Router(config.cluster, self._no_map, node)
+        self.router.on_map.append(lambda old, new: self._take(new))
+        self.recovery = Recovery(self.replica, self.router, self._tell_joined)
+        self.replica.puller = self.recovery
+
+        async def ping_run(address: str, incarnation: int) -> bool:
+            return await ping(address, incarnation, config.cluster)
+
+        self.leader = Leader(store, keys, config, announcer, ping_run, self._take)
+        self.reclaimer = Reclaimer(Catalog(store, keys), self.replica, self.leader, self.router)
+        self.control = Control(self.leader, lambda: self.replica.map, self._take, self._status)
+        handlers: dict[int, Any] = {op: self.replica.handle for op in self.replica.handlers}
+        handlers[Op.RECLAIM] = self.reclaimer.handle
+        self.server = Server(config.cluster, {**handlers, **self.control.handlers}, self._greet)
+
+    def is_serving(self) -> bool:
+        """Tell whether the map still names this run as a member of anything."""
+        known = self.replica.map.nodes.get(self._announcer.node)
+        return (
+            known is not None
+            and known.incarnation == self._announcer.incarnation
+            and known.state is not NodeState.DOWN
+        )
+
+    def _greet(self) -> dict[str, Any]:
+        return {
+            "node": self._announcer.node,
+            "incarnation": self._announcer.incarnation,
+            "epoch": self.replica.map.epoch,
+        }
+
+    async def _no_map(self) -> ClusterMap | None:
+        """The follower reads the map from etcd; the router need not."""
+        return None
+
+    def _take(self, cluster_map: ClusterMap) -> None:
+        self.follower.take(cluster_map)
+
+    def _on_map(self, cluster_map: ClusterMap) -> None:
+        self.replica.set_map(cluster_map)
+        self.router.take_map(cluster_map)
+        self.recovery.map_changed()
+        self.server.publish(cluster_map)
+        self.map_changed.set()
+        self.map_changed = trio.Event()
+
+    async def _tell_joined(self, groups: list[JoinedGroup]) -> None:
+        """Tell the leader, whoever of us it is."""
+        node, incarnation = self._announcer.node, self._announcer.incarnation
+        if self.leader.is_leader:
+            self.leader.joined(node, incarnation, groups)
+            return
+        body = encode_joined(node, incarnation, groups)
+        for link in list(self.router.links.values()):
+            try:
+                await link.call(Op.JOINED, body, timeout_s=1)
+                return
+            except SheepError as error:
+                log.debug("node %d does not take the report: %s", link.node, error)
+
+    def _status(self) -> dict[str, Any]:
+        usage = self._objects.usage()
+        counters = self.replica.counters
+        record = self._announcer.record
+        return {
+            "node": record.id,
+            "incarnation": record.incarnation,
+            "address": record.address,
+            "zone": record.zone,
+            "weight": record.weight,
+            "epoch": self.replica.map.epoch,
+            "leader": self.leader.is_leader,
+            "objects": usage.objects,
+            "used": usage.used_by_objects,
+            "total": usage.total,
+            "free": usage.free,
+            "quarantined": usage.quarantined,
+            "corrupt_blocks": counters.corrupt_blocks,
+            "repaired_blocks": counters.repaired_blocks,
+            "laundered_objects": counters.laundered_objects,
+            "pulled_objects": counters.pulled_objects,
+            "pulled_bytes": counters.pulled_bytes,
+            "suspects": len(self._objects.suspects()),
+            "joining": self.recovery.groups_left,
+            **self.server.statistics(),
+        }
+
+
+def _own_address(listen_at: str, etcd: str, port: int) -> str:
+    """Give the address at which others reach a daemon that listens everywhere.
+
+    The one that the route to etcd leaves from; connecting a datagram socket sends nothing.
+    """
+    host = listen_at.rpartition(":")[0].strip("[]")
+    if host in ("", "0.0.0.0", "::"):
+        target = parse_endpoints(etcd)[0]
+        try:
+            family = stdlib_socket.getaddrinfo(*target, type=stdlib_socket.SOCK_DGRAM)[0]
+            with stdlib_socket.socket(family[0], stdlib_socket.SOCK_DGRAM) as sock:
+                sock.connect(family[4])
+                host = sock.getsockname()[0]
+        except OSError:
+            host = stdlib_socket.gethostname()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

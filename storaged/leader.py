@@ -1,0 +1,401 @@
+"""The leader: one daemon of the cluster judges who is there and writes the cluster map.
+
+Always holds:
+- Every change of the map is one transaction on condition that the `leader` key and the `map` key
+  are as this leader last saw them. A leader that was paused, cut off or replaced changes nothing.
+- The leader key hangs on the lease of the daemon's own `alive` key: both end together.
+- A leader whose address refuses connections is replaced at once, by compare-and-swap; one that is
+  silent, when its lease ends.
+- After etcd was away, missing leases prove nothing until each daemon had the time to renew.
+- No decision is taken here: `storaged.logic.leader` decides, this is its eyes and hands.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import trio
+
+from sheepfs.core.clustermap import ClusterMap, NodeState
+from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
+from sheepfs.core.kv import KeyValue, Put, Transaction, Unchanged
+from sheepfs.core.metadata import AliveRecord, ClusterConfig, Keys, LeaderRecord
+from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, Store
+from storaged.logic.leader import OUT_AFTER_S, Joined, decide
+from storaged.logic.reachability import Outcome, Reachability, Run
+from storaged.membership import ALIVE_TTL_S, Announcer
+from storaged.recovery import JoinedGroup
+
+log = logging.getLogger(__name__)
+
+Ping = Callable[[str, int], Awaitable[bool]]
+"""(address, incarnation) -> whether that run is there; UnreachableError if it can't be told."""
+
+DECIDE_EVERY_S = 0.5
+BATCH_S = 0.01
+"""Hints and reports come in bursts: one decision for each burst."""
+PING_EVERY_S = 1.0
+PING_DEADLINE_S = 1.0
+"""A refusal comes at once; longer than this is silence."""
+PARALLEL_PINGS = 64
+FOLLOW_PING_S = 0.3
+FOLLOW_PINGS_PER_S = 200
+"""Of all followers together, so that a large cluster does not drown its leader."""
+FOLLOW_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What etcd held at one look."""
+
+    map: ClusterMap
+    map_revision: int
+    alive: Mapping[int, AliveRecord]
+    pools: frozenset[int]
+
+
+class Leader:
+    """This daemon's part in leading: it follows the leader until it becomes it.
+
+    Args:
+        config: the cluster's fixed facts.
+        announcer: this daemon's announcement, whose lease the leader key hangs on.
+        ping: asks an address for a run (storaged.ping).
+        on_map: called with each map that this leader committed or found.
+        wall: seconds since 1970, read once; stamps `down_since`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        config: ClusterConfig,
+        announcer: Announcer,
+        ping: Ping,
+        on_map: Callable[[ClusterMap], None],
+        *,
+        out_after_s: float = OUT_AFTER_S,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.is_leader = False
+        """Whether this daemon leads, as far as it knows."""
+        self.known_leader: LeaderRecord | None = None
+        """Who leads, as last read."""
+        self._store = store
+        self._keys = keys
+        self._config = config
+        self._announcer = announcer
+        self._ping = ping
+        self._on_map = on_map
+        self._out_after_s = out_after_s
+        self._wall = wall
+        self._revision = 0
+        self._nodes = 0
+        self._epoch = 0
+        self._grace_until = -1.0
+        self._complained = -COMPLAIN_S
+        self._reach = Reachability()
+        self._addresses: dict[Run, str] = {}
+        self._pinging: set[Run] = set()
+        self._ping_limit = trio.CapacityLimiter(PARALLEL_PINGS)
+        self._joined: dict[Joined, None] = {}
+        self._reported: set[Run] = set()
+        self._wake = trio.Event()
+        self._urgent = trio.Event()
+
+    def report(self, node: int, incarnation: int) -> None:
+        """Take somebody's word that a run cannot be reached; it is pinged at once."""
+        self._reported.add((node, incarnation))
+        self._urgent.set()
+
+    def joined(self, node: int, incarnation: int, groups: list[JoinedGroup]) -> None:
+        """Take a node's report that it has caught up with groups (ignored unless leading)."""
+        if self.is_leader:
+            for group in groups:
+                report = Joined(node, incarnation, group.pool, group.pg, group.changed)
+                self._joined[report] = None
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Follow and lead in turn until cancelled."""
+        # One reading of the wall clock, so that its jumps never move a decision (I13).
+        self._started_wall = self._wall() - trio.current_time()
+        while True:
+            await self._follow()
+            await self._lead()
+
+    # --- following -----------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Return once this daemon holds the leader key, at `_revision`."""
+        async with trio.open_nursery() as nursery:
+            self._wake.set()
+            nursery.start_soon(self._hint, self._keys.leader, FOLLOW_POLL_S)
+            found: KeyValue | None = None
+            while True:
+                pause_s = max(FOLLOW_PING_S, self._nodes / FOLLOW_PINGS_PER_S)
+                try:
+                    if self._wake.is_set():
+                        self._wake = trio.Event()
+                        found = await self._store.get(self._keys.leader)
+                    if await self._try_to_win(found):
+                        break
+                except UnreachableError as error:
+                    self._note_outage(error)
+                    pause_s = RETRY_S
+                except ProtocolError as error:
+                    self._complain("cannot follow the leader: %s", error)
+                with trio.move_on_after(pause_s):
+                    await self._wake_or_report()
+            nursery.cancel_scope.cancel()
+
+    async def _wake_or_report(self) -> None:
+        """Wait for a hint, or for a report about the leader."""
+        async with trio.open_nursery() as nursery:
+
+            async def reported() -> None:
+                while True:
+                    await self._urgent.wait()
+                    self._urgent = trio.Event()
+                    reports, self._reported = self._reported, set()
+                    leader = self.known_leader
+                    if leader and (leader.node, leader.incarnation) in reports:
+                        nursery.cancel_scope.cancel()
+
+            nursery.start_soon(reported)
+            await self._wake.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _try_to_win(self, found: KeyValue | None) -> bool:
+        me = self._announcer
+        self.known_leader = None if found is None else LeaderRecord.decode(found.value)
+        leader = self.known_leader
+        if not me.lease:
+            return False
+        if found is None or leader is None:
+            return await self._claim(0)
+        if leader.node == me.node:
+            if leader.incarnation == me.incarnation and found.lease == me.lease:
+                # A claim whose reply was lost.
+                self._revision = found.mod_revision
+                return True
+            return await self._claim(found.mod_revision)
+        with trio.move_on_after(PING_DEADLINE_S), suppress(UnreachableError):
+            if not await self._ping(leader.address, leader.incarnation):
+                log.warning("leader %d at %s is gone", leader.node, leader.address)
+                if await self._claim(found.mod_revision):
+                    now = trio.current_time()
+                    self._reach.note((leader.node, leader.incarnation), Outcome.DEAD, now, now)
+                    return True
+        return False
+
+    async def _claim(self, revision: int) -> bool:
+        """Take the leader key if it is still as seen (revision 0: not there)."""
+        me = self._announcer
+        record = LeaderRecord(me.node, me.incarnation, me.address)
+        put = Put(self._keys.leader, record.encode(), me.lease)
+        won = None
+        with suppress(LeaseGoneError):
+            won = await self._store.commit(
+                Transaction([Unchanged(self._keys.leader, revision)], [put])
+            )
+        if won is None:
+            self._wake.set()
+            await trio.sleep(BATCH_S)
+            return False
+        self._revision = won
+        self.known_leader = record
+        return True
+
+    # --- leading -------------------------------------------------------------------------------
+
+    async def _lead(self) -> None:
+        """Lead until the leader key is another's."""
+        log.info("node %d leads the cluster", self._announcer.node)
+        self.is_leader = True
+        try:
+            async with trio.open_nursery() as nursery:
+                for key in (self._keys.alive, self._keys.pools, self._keys.leader):
+                    nursery.start_soon(self._hint, key)
+                nursery.start_soon(self._ping_all)
+                nursery.start_soon(self._ping_reported)
+                while await self._look_and_decide():
+                    with trio.move_on_after(DECIDE_EVERY_S):
+                        await self._wake.wait()
+                        await trio.sleep(BATCH_S)
+                nursery.cancel_scope.cancel()
+        finally:
+            self.is_leader = False
+            self._joined.clear()
+            self._addresses.clear()
+            self._reach = Reachability()
+        log.warning("node %d leads no longer", self._announcer.node)
+
+    async def _look_and_decide(self) -> bool:
+        """Do one round; tells whether this daemon still leads."""
+        self._wake = trio.Event()
+        try:
+            seen = await self._look()
+            if seen is None:
+                return False
+            await self._decide(seen)
+        except UnreachableError as error:
+            self._note_outage(error)
+        except ProtocolError as error:
+            self._complain("cannot lead: %s", error)
+        return True
+
+    async def _look(self) -> _Seen | None:
+        """Read what there is to judge; None when the leader key is not ours any more."""
+        keys = self._keys
+        mine = await self._store.get(keys.leader)
+        if mine is None or mine.mod_revision != self._revision:
+            return None
+        alive = {}
+        for kv in (await self._store.list(keys.alive))[0]:
+            try:
+                record = AliveRecord.decode(kv.value)
+            except ProtocolError as error:
+                self._complain("a daemon of another version wants to join: %s", error)
+            else:
+                alive[record.id] = record
+        wanted, _ = await self._store.list(keys.pools)
+        pools = {kv.key.removeprefix(keys.pools) for kv in wanted}
+        found = await self._store.get(keys.map)
+        current = ClusterMap.decode(found.value) if found else ClusterMap(0, self._config.cluster)
+        return _Seen(
+            map=current,
+            map_revision=found.mod_revision if found else 0,
+            alive=alive,
+            pools=frozenset(int(copies) for copies in pools if copies in _POOLS),
+        )
+
+    async def _decide(self, seen: _Seen) -> None:
+        self._publish(seen.map)
+        alive = dict(seen.alive)
+        if trio.current_time() < self._grace_until:
+            alive = {**_as_in_map(seen.map), **alive}
+        self._addresses = {
+            (record.id, record.incarnation): record.address
+            for record in alive.values()
+            if record.id != self._announcer.node
+        }
+        self._reach.forget_all_but(self._addresses)
+        taken = list(self._joined)
+        following = decide(
+            seen.map,
+            alive,
+            self._reach.unreachable(),
+            seen.pools,
+            self._config.pg_count,
+            taken,
+            self._started_wall + trio.current_time(),
+            self._out_after_s,
+        )
+        if following is not None:
+            conditions = [
+                Unchanged(self._keys.leader, self._revision),
+                Unchanged(self._keys.map, seen.map_revision),
+            ]
+            put = Put(self._keys.map, following.encoded)
+            if await self._store.commit(Transaction(conditions, [put])) is None:
+                self._wake.set()  # Look again: who leads, and what is the map?
+                return
+            _log_changes(seen.map, following)
+            self._publish(following)
+        for report in taken:
+            self._joined.pop(report, None)
+
+    def _publish(self, cluster_map: ClusterMap) -> None:
+        self._nodes = len(cluster_map.nodes)
+        if cluster_map.epoch > self._epoch:
+            self._epoch = cluster_map.epoch
+            self._on_map(cluster_map)
+
+    def _note_outage(self, error: UnreachableError) -> None:
+        # Each daemon renews within a third of the lease, and tries again every second.
+        self._grace_until = trio.current_time() + ALIVE_TTL_S
+        self._complain("membership stands still: %s", error)
+
+    def _complain(self, message: str, error: SheepError) -> None:
+        """Log what lasts, but not at every round (I12)."""
+        if trio.current_time() >= self._complained + COMPLAIN_S:
+            self._complained = trio.current_time()
+            log.warning(message, error)
+
+    # --- eyes ----------------------------------------------------------------------------------
+
+    async def _hint(self, prefix: str, poll_s: float = 5.0) -> None:
+        async with self._store.watch(prefix, poll_s) as hints:
+            async for _ in hints:
+                self._wake.set()
+
+    async def _ping_all(self) -> None:
+        while True:
+            next_round = trio.current_time() + (PING_EVERY_S if self._addresses else 0.05)
+            async with trio.open_nursery() as nursery:
+                for run in self._addresses:
+                    nursery.start_soon(self._ping_one, run)
+            await trio.sleep_until(next_round)
+
+    async def _ping_reported(self) -> None:
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._urgent.wait()
+                self._urgent = trio.Event()
+                reports, self._reported = self._reported, set()
+                for run in reports & self._addresses.keys():
+                    nursery.start_soon(self._ping_one, run)
+                await trio.sleep(BATCH_S)
+
+    async def _ping_one(self, run: Run) -> None:
+        address = self._addresses.get(run)
+        if run in self._pinging or address is None:
+            return
+        self._pinging.add(run)
+        try:
+            async with self._ping_limit:
+                sent = trio.current_time()
+                outcome = Outcome.SILENT
+                with trio.move_on_after(PING_DEADLINE_S), suppress(UnreachableError):
+                    is_there = await self._ping(address, run[1])
+                    outcome = Outcome.ALIVE if is_there else Outcome.DEAD
+            if self._reach.note(run, outcome, sent, trio.current_time()):
+                log.info("node %d at %s is %s", run[0], address, outcome.value)
+                self._wake.set()
+        finally:
+            self._pinging.discard(run)
+
+
+_POOLS = frozenset("12345")
+
+
+def _as_in_map(cluster_map: ClusterMap) -> dict[int, AliveRecord]:
+    """Give nodes the benefit of the doubt: as alive as the map says."""
+    return {
+        node.id: AliveRecord(
+            node.id,
+            node.incarnation,
+            node.address,
+            node.zone,
+            node.weight,
+            node.state is NodeState.DRAINING,
+        )
+        for node in cluster_map.nodes.values()
+        if node.state is not NodeState.DOWN
+    }
+
+
+def _log_changes(before: ClusterMap, after: ClusterMap) -> None:
+    changes = [
+        f"node {node.id} at {node.address} is {node.state.value}"
+        for node in after.nodes.values()
+        if node.id not in before.nodes
+        or (node.state, node.incarnation)
+        != (before.nodes[node.id].state, before.nodes[node.id].incarnation)
+    ]
+    log.info("epoch %d%s", after.epoch, ": " * bool(changes) + ", ".join(changes))

@@ -1,0 +1,131 @@
+"""The program `sheepfs-storaged DATA_DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import trio
+
+from sheepfs.core.errors import SheepError, UsageError
+from sheepfs.core.metadata import check_cluster_name
+from sheepfs.net.groups import plain_errors
+from sheepfs.service import add_cluster_options, notify, setup_logging
+from storaged.daemon import Daemon, Options
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LISTEN = "0.0.0.0:7000"
+
+_EPILOG = """\
+Start one daemon for each disk, with an empty directory and etcd's address: it joins the cluster by
+itself and gets its share of the data. The first daemon makes the cluster. To leave for a while,
+stop it with SIGTERM; what it missed is copied when it is back.
+
+  sheepfs-storaged /srv/sheep/disk1 --etcd 10.0.0.1:2379,10.0.0.2:2379,10.0.0.3:2379
+  sheepfs-storaged /srv/sheep/disk2 --listen 0.0.0.0:7001 --zone rack2
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Give the command line."""
+    parser = argparse.ArgumentParser(
+        prog="sheepfs-storaged",
+        description="Keep replicas of virtual disks in DATA_DIR and serve them to the cluster.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("data_dir", metavar="DATA_DIR", type=Path, help="directory on one disk")
+    add_cluster_options(parser)
+    parser.add_argument(
+        "--listen",
+        metavar="ADDR:PORT",
+        default=DEFAULT_LISTEN,
+        help=f"where to serve (default {DEFAULT_LISTEN}; port 0: any free one)",
+    )
+    parser.add_argument(
+        "--advertise",
+        metavar="ADDR:PORT",
+        help="where others reach it (default: the listen address, or this host's towards etcd)",
+    )
+    parser.add_argument(
+        "--zone",
+        metavar="NAME",
+        help="failure domain; copies go to different zones (default: the host's name)",
+    )
+    parser.add_argument(
+        "--weight",
+        metavar="GIB",
+        type=float,
+        help="share of data relative to other nodes (default: the disk's size in GiB)",
+    )
+    parser.add_argument(
+        "--pgs",
+        metavar="N",
+        type=int,
+        default=256,
+        help="placement groups of each pool, if this daemon makes the cluster (default 256)",
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every detail")
+    return parser
+
+
+async def _main(daemon: Daemon) -> None:
+    with plain_errors(), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def stop_on_signal() -> None:
+                stopping = False
+                async for number in signals:
+                    if stopping:
+                        log.warning("stopping at once")
+                        nursery.cancel_scope.cancel()
+                        return
+                    log.info("got %s", signal.Signals(number).name)
+                    notify("STOPPING=1")
+                    stopping = True
+                    daemon.stop()
+
+            nursery.start_soon(stop_on_signal)
+            await daemon.run(_ready)
+            nursery.cancel_scope.cancel()
+
+
+def _ready(line: str) -> None:
+    log.info("%s", line)
+    notify(f"READY=1\nSTATUS={line}")
+
+
+def main() -> None:
+    """Run the daemon until a signal or a disk error.
+
+    Exit codes: 0 stopped cleanly, 1 it failed (the reason is on stderr), 2 bad usage.
+    """
+    args = build_parser().parse_args()
+    setup_logging(args.verbose)
+    try:
+        check_cluster_name(args.cluster)
+        if not 1 <= args.pgs <= 65536:
+            raise UsageError(f"--pgs {args.pgs}: use 1 to 65536")
+        if args.weight is not None and not 0 <= args.weight < 1e9:
+            raise UsageError(f"--weight {args.weight}: use 0 or more")
+        options = Options(
+            args.data_dir, args.etcd, args.cluster, args.listen, args.advertise, args.zone,
+            args.weight, args.pgs,
+        )  # fmt: skip
+        trio.run(_main, Daemon(options))
+    except UsageError as error:
+        print(f"sheepfs-storaged: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except (SheepError, OSError) as error:
+        print(f"sheepfs-storaged: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
