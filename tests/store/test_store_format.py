@@ -73,7 +73,7 @@ def test_golden_bytes_of_the_header() -> None:
 
 
 def test_golden_header_has_the_golden_checksum() -> None:
-    assert xxh3_64_intdigest(b"c0ffee") == 0x915d4eb7a9dca8e6
+    assert xxh3_64_intdigest(b"c0ffee") == 0x915D4EB7A9DCA8E6
     assert encode_meta(_HEADER, _table())[56:72].hex() == "2920ff145afa5aafcbf5678c6b99e071"
 
 

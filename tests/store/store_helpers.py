@@ -1,0 +1,44 @@
+"""Helpers of the store's tests."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from storaged.store.disk import Disk
+from storaged.store.objects import ObjectStore
+
+CLUSTER = "c0ffee"
+_versions = itertools.count(1)
+
+
+def open_store(disk: Disk, **options: Any) -> ObjectStore:
+    options.setdefault("cluster", CLUSTER)
+    options.setdefault("create", True)
+    return ObjectStore.open(Path("/nowhere"), disk=disk, **options)
+
+
+def put(store: ObjectStore, oid: int, offset: int = 0, data: bytes = b"", **options: Any) -> int:
+    """Mark and write with a version of its own; give the version."""
+    version = next(_versions)
+    if not store.is_marked(oid):
+        store.mark([oid])
+    if options.get("create"):
+        options.setdefault("pool", 3)
+        options.setdefault("pg", oid % 4)
+    store.write(oid, offset, data, version, **options)
+    return version
+
+
+def get(store: ObjectStore, oid: int, offset: int = 0, length: int = 4 << 20) -> bytes:
+    pieces = store.read(oid, offset, length, wait=True)
+    assert pieces is not None
+    return b"".join(pieces)
+
+
+def flush(store: ObjectStore, layer: int | None = None) -> None:
+    job = store.begin_flush(layer)
+    if job is not None:
+        job.run()
+        store.end_flush(job)
