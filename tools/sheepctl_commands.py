@@ -6,6 +6,7 @@ import argparse
 import os
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -162,11 +163,11 @@ def _facts(name: str, record: VdiRecord, holder: LockRecord | None) -> dict[str,
 
 
 async def _find(session: Session, name: str) -> tuple[str, VdiRecord]:
-    """Find a VDI by its file name, or without `.raw` (VdiNotFoundError)."""
-    records = {found: record for found, record, _ in await session.catalog.vdis()}
-    for candidate in (name, full_name(name)):
-        if candidate in records:
-            return candidate, records[candidate]
+    """Find a VDI by its name, with or without `.raw` (VdiNotFoundError)."""
+    for candidate in dict.fromkeys((full_name(name), name)):
+        with suppress(VdiNotFoundError):
+            record, _ = await session.catalog.vdi(candidate)
+            return candidate, record
     raise VdiNotFoundError(
         f"there is no VDI {printable(full_name(name))!r}: sheepctl vdi list shows all"
     )
@@ -198,7 +199,7 @@ async def vdi_create(arguments: argparse.Namespace) -> int:
 async def vdi_list(arguments: argparse.Namespace) -> int:
     """Show all VDIs."""
     async with open_session(_options(arguments)) as session:
-        holders = await session.holders()
+        holders = await session.catalog.locks()
         found = sorted(await session.catalog.vdis(), key=lambda item: item[0])
     facts = [_facts(name, record, holders.get(record.id)) for name, record, _ in found]
     if arguments.json:
@@ -230,7 +231,7 @@ async def vdi_info(arguments: argparse.Namespace) -> int:
     """Show all about one VDI."""
     async with open_session(_options(arguments)) as session:
         name, record = await _find(session, arguments.name)
-        holder = (await session.holders()).get(record.id)
+        holder = (await session.catalog.locks()).get(record.id)
     facts = _facts(name, record, holder)
     if arguments.json:
         print_json(facts)
@@ -263,7 +264,7 @@ async def vdi_resize(arguments: argparse.Namespace) -> int:
     size = size_argument(arguments.size)
     async with open_session(_options(arguments)) as session:
         name, record = await _find(session, arguments.name)
-        holder = (await session.holders()).get(record.id)
+        holder = (await session.catalog.locks()).get(record.id)
     if holder is not None:
         raise HeldElsewhereError(
             f"{name} is in use by {holder.owner}: detach it there first"
@@ -307,10 +308,7 @@ async def vdi_delete(arguments: argparse.Namespace) -> int:
     deleted = []
     async with open_session(_options(arguments)) as session:
         for wanted in arguments.name:
-            name, record = await _find(session, wanted)
-            holder = (await session.holders()).get(record.id)
-            if holder is not None:
-                raise HeldElsewhereError(f"{name} is in use by {holder.owner}: detach it first")
+            name, _ = await _find(session, wanted)
             await session.catalog.delete(name)
             deleted.append(name)
             if not arguments.json:
@@ -326,7 +324,7 @@ async def vdi_unlock(arguments: argparse.Namespace) -> int:
 
     async with open_session(_options(arguments)) as session:
         name, record = await _find(session, arguments.name)
-        holder = (await session.holders()).get(record.id)
+        holder = (await session.catalog.locks()).get(record.id)
         if holder is not None and not arguments.force:
             raise UsageError(
                 f"{name} is in use by {holder.owner}: its writes fail from then on; say --force"

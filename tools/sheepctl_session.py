@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from sheepfs.core.clustermap import ClusterMap
-from sheepfs.core.errors import ProtocolError, SheepError
-from sheepfs.core.metadata import ClusterConfig, Keys, LockRecord
+from sheepfs.core.errors import SheepError
+from sheepfs.core.metadata import ClusterConfig, Keys
 from sheepfs.core.wire import Op
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.client import connect_node
@@ -45,16 +45,6 @@ class Session:
         return (
             ClusterMap(0, self.config.cluster) if found is None else ClusterMap.decode(found.value)
         )
-
-    async def holders(self) -> dict[int, LockRecord]:
-        """Give VDI id -> who holds it."""
-        found, _ = await self.store.list(self.keys.locks)
-        holders = {}
-        for item in found:
-            with suppress(ProtocolError):  # a record of a newer version does not break a listing
-                record = LockRecord.decode(item.value)
-                holders[record.vdi] = record
-        return holders
 
     async def statuses(self, cluster_map: ClusterMap) -> dict[int, dict[str, Any] | str]:
         """Ask all nodes at the same time; a text says why a node gave no status."""
