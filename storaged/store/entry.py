@@ -55,6 +55,7 @@ class StoredObject:
         state: OK, SUSPECT or CORRUPT.
         blocks: blocks that are no holes.
         changed: the header and table in memory are newer than the file's.
+        synced: while unclean: the file was synced since the last change, to be closed.
         file: set while the object is open.
         opened: grows when `file` is set or dropped, so that a thread that read the table from
             disk can tell whether it is still the current one.
@@ -71,6 +72,7 @@ class StoredObject:
         "pg",
         "pool",
         "state",
+        "synced",
         "used",
         "version",
     )
@@ -93,6 +95,7 @@ class StoredObject:
         self.blocks = blocks
         self.state = state
         self.changed = False
+        self.synced = False
         self.file: OpenFile | None = None
         self.opened = 0
         self.used = False

@@ -1,7 +1,8 @@
 """The open object files: opened on first use, closed by a second-chance rule.
 
 Always holds:
-- Only the event loop evicts; any thread may open.
+- Any thread may open a file and close clean ones; only the event loop closes one with
+  unflushed data. Who changes an object makes it unclean first and looks at `entry.file` then.
 - A file with unflushed data is closed only after fdatasync: a descriptor opened later could
   miss a write-back error that happened in between (I5).
 """
@@ -57,7 +58,8 @@ class OpenFiles:
         self._vanished = vanished
         self._lock = threading.Lock()
         self._open: dict[int, StoredObject] = {}
-        self.is_unclean: Callable[[StoredObject], bool] = lambda entry: entry.changed
+        self.release: Callable[[StoredObject], bool] = lambda entry: False
+        """Drops an entry's file unless it is unclean; set by the flush tracker."""
 
     def acquire(self, entry: StoredObject) -> OpenFile:
         """Give the entry's open file; open it and check its header if need be. May block.
@@ -86,7 +88,8 @@ class OpenFiles:
                         f" {expected:#x} was expected"
                     )
                 self._publish(entry, file)
-                return file
+            self.evict_clean()
+            return file
         raise RetryableError(f"object {format_oid(entry.oid)} is opened by too many at once")
 
     def adopt(self, entry: StoredObject, fd: int, table: bytearray) -> OpenFile:
@@ -110,22 +113,23 @@ class OpenFiles:
         Raises:
             DiskError: there were only files with unflushed data, and a sync failed.
         """
-        for _ in range(_SCAN):
-            if len(self._open) <= self._limit:
-                return
-            with self._lock:
-                entry = self._open.pop(next(iter(self._open)))
-                if entry.used or self.is_unclean(entry):
-                    entry.used = False
-                    self._open[entry.oid] = entry
-                else:
-                    entry.file = None
-                    entry.opened += 1
+        self.evict_clean()
         while len(self._open) > 2 * self._limit:
             with self._lock:
                 entry = self._open[next(iter(self._open))]
             self.sync(entry)
             self.drop(entry)
+
+    def evict_clean(self) -> None:
+        """Close files that were not used lately and need no sync, to the limit. Any thread."""
+        for _ in range(_SCAN):
+            with self._lock:
+                if len(self._open) <= self._limit:
+                    return
+                entry = self._open.pop(next(iter(self._open)))
+                if entry.used or not self.release(entry):
+                    entry.used = False
+                    self._open[entry.oid] = entry
 
     def sync(self, entry: StoredObject) -> None:
         """Make an open entry's file durable. Blocks. Raises DiskError."""
@@ -136,6 +140,7 @@ class OpenFiles:
             if entry.changed:
                 self.write_meta(entry, file)
             self._disk.fdatasync(file.fd)
+            entry.synced = True
         except OSError as error:
             raise self._health.fail(error, f"sync of {format_oid(entry.oid)}") from error
 

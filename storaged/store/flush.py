@@ -71,14 +71,22 @@ class FlushTracker:
         self._changes: dict[int, int] = {}
         self._directories: dict[str, int] = {}
         self._clock = 0
-        files.is_unclean = self.is_unclean
+        files.release = self.release
 
-    def is_unclean(self, entry: StoredObject) -> bool:
-        """Tell whether the entry is not on stable storage."""
-        return self._layers.get(layer_of(entry.oid), {}).get(entry.oid) is entry
+    def release(self, entry: StoredObject) -> bool:
+        """Drop the entry's open file, unless that needs a sync first; tell whether it did."""
+        with self._marks.lock:
+            unclean = self._layers.get(layer_of(entry.oid), {}).get(entry.oid) is entry
+            if unclean and not entry.synced:
+                return False
+            entry.file = None
+            entry.opened += 1
+            return True
 
     def changing(self, entry: StoredObject) -> None:
         """Record that an entry is about to change for the first time since its last flush.
+
+        Only from here on does its open file stay open.
 
         Raises:
             RetryableError: it is not marked; mark it and try again. Nothing may be changed.
@@ -89,6 +97,7 @@ class FlushTracker:
             self._layers.setdefault(layer_of(entry.oid), {})[entry.oid] = entry
             self._clock += 1
             self._changes[entry.oid] = self._clock
+            entry.synced = False
         entry.changed = True
 
     def directory_changed(self, path: str) -> None:
@@ -141,6 +150,7 @@ class FlushTracker:
         for directory, change in job.directories.items():
             if self._directories.get(directory) == change:
                 del self._directories[directory]
+        self._files.evict_clean()
 
     def _remove(self, entry: StoredObject) -> None:
         objects = self._layers.get(layer_of(entry.oid))

@@ -129,8 +129,7 @@ class Writer:
             new[block - first] = block_sum(kept)
             if new[block - first]:
                 edges.append((start, stop))
-        if not entry.changed:
-            self._tracker.changing(entry)
+        file = self._begin(entry, file)
         entry.used = True
         file.sequence += 1
         try:
@@ -170,6 +169,14 @@ class Writer:
         self._files.evict()
         return self._files.acquire(entry)
 
+    def _begin(self, entry: StoredObject, file: OpenFile) -> OpenFile:
+        """Make an entry unclean; give its open file, which a thread may have closed until now."""
+        if not entry.changed:
+            self._tracker.changing(entry)
+            if entry.file is not file:
+                return self._files.acquire(entry)
+        return file
+
     def _apply(
         self,
         entry: StoredObject,
@@ -188,7 +195,7 @@ class Writer:
         if grown and empty < count:
             self._space.take(grown * BLOCK_SIZE)
         if not entry.changed:
-            self._tracker.changing(entry)
+            file = self._begin(entry, file)
         length = len(data)
         file.sequence += 1
         try:
@@ -256,6 +263,7 @@ class Writer:
 
     def _void(self, entry: StoredObject, version: int) -> OpenFile:
         """Make an object read as zeros, whatever it held; give its open file."""
+        self._tracker.changing(entry)
         file = entry.file
         if file is None:
             try:
@@ -265,7 +273,6 @@ class Writer:
             self._tracker.directory_changed(entry.directory)
             self._files.evict()
             file = self._files.adopt(entry, fd, bytearray(EMPTY_TABLE))
-        self._tracker.changing(entry)
         file.sequence += 1
         try:
             self._disk.truncate(file.fd, 0)

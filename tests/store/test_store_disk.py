@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
+from store_faulty_disk import FaultyDisk
 
 from storaged.store.disk import Disk, FileDisk, read_file, replace_file, write_all
-from store_faulty_disk import FaultyDisk
 
 
 @pytest.fixture(params=["file", "faulty"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -136,7 +137,7 @@ def test_runs_cover_everything_once_and_alternate(sums: list[int]) -> None:
     assert [i for start, end, _ in found for i in range(start, end)] == list(range(len(sums)))
     for start, end, is_data in found:
         assert {entry != 0 for entry in sums[start:end]} == {is_data}
-    assert all(a[2] != b[2] for a, b in zip(found, found[1:], strict=False))
+    assert all(a[2] != b[2] for a, b in itertools.pairwise(found))
 
 
 @given(st.sets(st.integers(0, BLOCKS_PER_OBJECT - 1)))

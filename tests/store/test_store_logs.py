@@ -8,6 +8,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from store_faulty_disk import FaultyDisk
 
 from sheepfs.core.errors import CorruptError, DiskError, NoSpaceError
 from storaged.store import dirtylog
@@ -15,7 +16,6 @@ from storaged.store.dirtylog import DirtyLog
 from storaged.store.disk import Health, read_file
 from storaged.store.recordlog import RecordLog
 from storaged.store.tokens import TokenLog
-from store_faulty_disk import FaultyDisk
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from store_helpers import CLUSTER, flush, get, put
 
 from sheepfs.core.errors import (
     CorruptError,
@@ -20,7 +21,6 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import OBJECT_SIZE, data_object
 from storaged.store.objects import ObjectStore
-from store_helpers import CLUSTER, flush, get, put
 
 _DATA = random.Random(5).randbytes(1 << 20)
 A = data_object(7, 0)
