@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+from trio.testing import MockClock
+
+from fakes.etcd import FakeEtcd, FakeServer
+from sheepfs.core.clustermap import ClusterMap, NodeState
+from sheepfs.core.errors import UnreachableError
+from sheepfs.core.kv import Put, Transaction
+from sheepfs.core.metadata import ClusterConfig, Keys
+from storaged.leader import Leader
+from storaged.membership import Announcer
+from storaged.recovery import JoinedGroup
+
+KEYS = Keys("test")
+CONFIG = ClusterConfig("c" * 32, pg_count=8)
+
+
+class Daemon:
+    """The part of a storage daemon that is under test, with its own way to etcd."""
+
+    def __init__(self, cluster: Cluster, node: int) -> None:
+        self.cluster = cluster
+        self.node = node
+        self.store = FakeEtcd(cluster.server)
+        self.scope = trio.CancelScope()
+        self.announcer = Announcer(self.store, KEYS, node, f"host-{node}", f"zone-{node}", 1.0)
+        self.maps: list[ClusterMap] = []
+        self.leader = Leader(
+            self.store,
+            KEYS,
+            CONFIG,
+            self.announcer,
+            self.ping,
+            self.maps.append,
+            wall=lambda: 1e9,
+        )
+        self.is_silent = False
+
+    async def run(self) -> None:
+        with self.scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.announcer.run)
+                nursery.start_soon(self.leader.run)
+
+    async def ping(self, address: str, incarnation: int) -> bool:
+        await trio.sleep(0.001)
+        return await self.cluster.answer(address, incarnation)
+
+    def kill(self) -> None:
+        """Like SIGKILL: the lease lives on, the port refuses."""
+        self.scope.cancel()
+        if self.cluster.running.get(f"host-{self.node}") is self:
+            del self.cluster.running[f"host-{self.node}"]
+
+
+class Cluster:
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.server = FakeServer()
+        self.running: dict[str, Daemon] = {}
+        self._nursery = nursery
+
+    def start(self, node: int) -> Daemon:
+        daemon = Daemon(self, node)
+        self.running[f"host-{node}"] = daemon
+        self._nursery.start_soon(daemon.run)
+        return daemon
+
+    async def answer(self, address: str, incarnation: int) -> bool:
+        daemon = self.running.get(address)
+        if daemon is None:
+            return False
+        if daemon.is_silent:
+            await trio.sleep_forever()
+        return daemon.announcer.incarnation == incarnation
+
+    @property
+    def map(self) -> ClusterMap:
+        found = self.server.keys.get(KEYS.map)
+        return ClusterMap.decode(found.value) if found else ClusterMap(0, CONFIG.cluster)
+
+    def leaders(self) -> list[Daemon]:
+        return [d for d in self.running.values() if d.leader.is_leader]
+
+    def states(self) -> dict[int, NodeState]:
+        return {n: node.state for n, node in self.map.nodes.items()}
+
+    async def want_pool(self, copies: int) -> None:
+        await self.server.client().commit(Transaction([], [Put(KEYS.pool(copies), b"")]))
+
+    def report_joined(self) -> None:
+        """Let every node that runs say that it has caught up with everything it joins."""
+        current = self.map
+        for daemon in self.running.values():
+            groups = [
+                JoinedGroup(copies, pg, group.changed)
+                for copies, pgs in current.pools.items()
+                for pg, group in enumerate(pgs)
+                if daemon.node in group.joining
+            ]
+            for leading in self.leaders():
+                leading.leader.joined(daemon.node, daemon.announcer.incarnation, groups)
+
+    async def settle(self, nodes: int) -> None:
+        def is_settled() -> bool:
+            self.report_joined()
+            states = list(self.states().values())
+            return states.count(NodeState.ACTIVE) == nodes
+
+        await until(is_settled)
+
+
+async def until(condition: Callable[[], bool], deadline_s: float = 30.0) -> float:
+    """Wait for a condition; gives the seconds that it took."""
+    start = trio.current_time()
+    with trio.fail_after(deadline_s):
+        while not condition():
+            await trio.sleep(0.01)
+    return trio.current_time() - start
+
+
+@asynccontextmanager
+async def cluster_of(count: int) -> AsyncIterator[Cluster]:
+    async with trio.open_nursery() as nursery:
+        cluster = Cluster(nursery)
+        await cluster.want_pool(3)
+        for node in range(1, count + 1):
+            cluster.start(node)
+        await cluster.settle(count)
+        yield cluster
+        nursery.cancel_scope.cancel()
+
+
+def the_leader(cluster: Cluster) -> Daemon:
+    (leader,) = cluster.leaders()
+    return leader
+
+
+def a_follower(cluster: Cluster) -> Daemon:
+    return next(d for d in cluster.running.values() if not d.leader.is_leader)
+
+
+async def test_three_daemons_elect_one_leader_and_all_become_sync(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        assert len(cluster.leaders()) == 1
+        assert all(set(g.sync) == {1, 2, 3} for g in cluster.map.pools[3])
+
+
+async def test_every_map_that_is_committed_is_published(autojump_clock: MockClock) -> None:
+    async with cluster_of(3) as cluster:
+        epochs = [m.epoch for m in the_leader(cluster).maps]
+        assert epochs == list(range(1, cluster.map.epoch + 1))
+
+
+async def test_a_killed_follower_that_is_reported_is_voted_out_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        victim = a_follower(cluster)
+        victim.kill()
+        the_leader(cluster).leader.report(victim.node, victim.announcer.incarnation)
+        took = await until(lambda: cluster.states()[victim.node] is NodeState.DOWN)
+        assert took < 0.1
+        assert all(victim.node not in g.members for g in cluster.map.pools[3])
+
+
+async def test_a_killed_follower_that_nobody_reports_is_found_by_pings(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        victim = a_follower(cluster)
+        victim.kill()
+        assert await until(lambda: cluster.states()[victim.node] is NodeState.DOWN) < 1.2
+
+
+async def test_a_killed_leader_is_replaced_and_voted_out_well_below_a_second(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        victim = the_leader(cluster)
+        victim.kill()
+        assert await until(lambda: cluster.states()[victim.node] is NodeState.DOWN) < 0.5
+        assert len(cluster.leaders()) == 1
+
+
+async def test_a_report_about_a_killed_leader_is_acted_upon_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        victim, other = the_leader(cluster), a_follower(cluster)
+        victim.kill()
+        other.leader.report(victim.node, victim.announcer.incarnation)
+        assert await until(lambda: bool(cluster.leaders())) < 0.05
+
+
+async def test_a_restarted_leader_replaces_its_former_self(autojump_clock: MockClock) -> None:
+    async with cluster_of(1) as cluster:
+        the_leader(cluster).kill()
+        again = cluster.start(1)
+        assert await until(lambda: again.leader.is_leader) < 0.5
+        await until(lambda: cluster.map.nodes[1].incarnation == again.announcer.incarnation)
+        assert all(g.sync == (1,) for g in cluster.map.pools[3])
+
+
+async def test_a_killed_node_that_starts_again_joins_and_becomes_sync(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        victim = a_follower(cluster)
+        victim.kill()
+        cluster.start(victim.node)
+        await until(lambda: cluster.states()[victim.node] is NodeState.RECOVERING)
+        assert all(victim.node in g.joining for g in cluster.map.pools[3])
+        await cluster.settle(3)
+        assert all(set(g.sync) == {1, 2, 3} for g in cluster.map.pools[3])
+
+
+async def test_a_clean_stop_is_seen_without_any_ping(autojump_clock: MockClock) -> None:
+    async with cluster_of(3) as cluster:
+        leaving = a_follower(cluster)
+        await leaving.announcer.withdraw()
+        assert await until(lambda: cluster.states()[leaving.node] is NodeState.DOWN) < 0.1
+
+
+async def test_a_wrong_report_votes_nobody_out(autojump_clock: MockClock) -> None:
+    async with cluster_of(3) as cluster:
+        epoch = cluster.map.epoch
+        for _ in range(20):
+            for node, daemon in enumerate(cluster.running.values(), 1):
+                the_leader(cluster).leader.report(node, daemon.announcer.incarnation)
+            await trio.sleep(0.2)
+        assert cluster.map.epoch == epoch
+
+
+async def test_a_short_silence_is_forgiven_and_a_long_one_is_not(autojump_clock: MockClock) -> None:
+    async with cluster_of(3) as cluster:
+        quiet, epoch = a_follower(cluster), cluster.map.epoch
+        quiet.is_silent = True
+        await trio.sleep(2.0)
+        quiet.is_silent = False
+        await trio.sleep(5.0)
+        assert cluster.map.epoch == epoch
+        quiet.is_silent = True
+        assert await until(lambda: cluster.states()[quiet.node] is NodeState.DOWN) < 6
+        quiet.is_silent = False
+        await cluster.settle(3)
+
+
+async def test_a_host_that_vanishes_is_voted_out_within_six_seconds(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        victim = the_leader(cluster)
+        victim.is_silent = True
+        victim.store.partition(silent=True)
+        assert await until(lambda: cluster.states()[victim.node] is NodeState.DOWN) < 6
+
+
+async def test_a_leader_cut_off_from_etcd_changes_nothing_when_it_is_back(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        old = the_leader(cluster)
+        old.store.partition()
+        await until(lambda: any(d is not old for d in cluster.leaders()))
+        await until(lambda: cluster.states()[old.node] is NodeState.DOWN)
+        epoch = cluster.map.epoch
+        seen = len(old.maps)
+        old.leader.report(1, 1)
+        old.leader.joined(old.node, old.announcer.incarnation, [])
+        await trio.sleep(2)
+        assert (cluster.map.epoch, len(old.maps)) == (epoch, seen)
+        old.store.heal()
+        await until(lambda: len(cluster.leaders()) == 1)
+        assert not old.leader.is_leader
+        await cluster.settle(3)
+
+
+async def test_a_decision_of_a_leader_that_was_replaced_meanwhile_is_not_committed(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(2) as cluster:
+        old = the_leader(cluster)
+        epoch = cluster.map.epoch
+        commit = old.store.commit
+
+        async def pause_then_commit(txn: Transaction) -> int | None:
+            # As if the process were stopped between its decision and the transaction.
+            usurper = Put(KEYS.leader, cluster.server.keys[KEYS.leader].value, 0)
+            await cluster.server.client().commit(Transaction([], [usurper]))
+            return await commit(txn)
+
+        old.store.commit = pause_then_commit  # type: ignore[method-assign]
+        cluster.start(3)
+        await until(lambda: not old.leader.is_leader)
+        assert cluster.map.epoch == epoch
+
+
+async def test_after_an_outage_of_etcd_that_outlasts_all_leases_nothing_changes(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        before = cluster.map
+        daemons = list(cluster.running.values())
+        for daemon in daemons:
+            daemon.store.partition()
+        await trio.sleep(20)
+        assert not [k for k in cluster.server.keys if k.startswith(KEYS.alive)]
+        for delay_s, daemon in enumerate(daemons):
+            daemon.store.heal()
+            await trio.sleep(delay_s)
+        await trio.sleep(20)
+        assert len(cluster.leaders()) == 1
+        assert cluster.map == before
+
+
+async def test_a_commit_whose_reply_was_lost_is_found_and_published(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(2) as cluster:
+        leading = the_leader(cluster)
+        leading.store.lose_next_reply()
+        cluster.start(3)
+        await until(lambda: 3 in cluster.map.nodes)
+        await until(lambda: leading.maps[-1].epoch == cluster.map.epoch)
+        assert leading.leader.is_leader
+
+
+async def test_bad_records_in_etcd_stop_nobody(autojump_clock: MockClock) -> None:
+    async with cluster_of(2) as cluster:
+        bad = [Put(KEYS.alive + "9", b"garbage"), Put(KEYS.pools + "many", b"")]
+        await cluster.server.client().commit(Transaction([], bad))
+        cluster.start(3)
+        await cluster.settle(3)
+
+
+async def test_a_ping_that_proves_nothing_counts_as_silence(autojump_clock: MockClock) -> None:
+    async with cluster_of(2) as cluster:
+        leading = the_leader(cluster)
+        epoch = cluster.map.epoch
+
+        async def no_route(address: str, incarnation: int) -> bool:
+            raise UnreachableError("no route to host")
+
+        leading.leader._ping = no_route
+        await trio.sleep(2)
+        assert cluster.map.epoch == epoch
+        await until(lambda: cluster.map.epoch > epoch)
