@@ -192,7 +192,8 @@ class LocalCluster:
         self._choose_ports()
         self.start_etcd()
         for number in self.nodes:
-            self.start_node(number, wait=False)
+            # The first time one after the other: node ids are given out in order of joining.
+            self.start_node(number, wait=not self.node_directory(number).exists())
         for number in self.nodes:
             self.wait_node(number)
 
