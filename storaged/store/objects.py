@@ -168,6 +168,8 @@ class ObjectStore:
         entries = startup.take_index(self._disk)
         self.was_clean = entries is not None
         if entries is None:
+            # A killed process leaves names and data in memory that nothing would sync any more.
+            self._disk.syncfs()
             entries = startup.scan(self._disk, cluster_hash(self._superblock.cluster))
         marked, damaged = self._marks.load()
         if damaged:

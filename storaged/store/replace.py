@@ -57,6 +57,7 @@ class Replacer:
         self._space = space
         self._cluster = cluster
         self._serial = itertools.count()
+        self._settled: set[tuple[int, int]] = set()
 
     def install(self, header: Header, bitmap: Buffer, data: Buffer) -> None:
         """See ObjectStore.install; `header.blocks` and `header.cluster` are computed here."""
@@ -109,7 +110,7 @@ class Replacer:
         try:
             self._files.write_meta(entry, file)
             self._disk.fdatasync(fd)
-            self._disk.fsync_dir(entry.directory)
+            self._sync_names(entry)
         except OSError as error:
             raise self._health.fail(error, f"object {format_oid(oid)}") from error
         entry.state = OK
@@ -139,10 +140,9 @@ class Replacer:
         """Give a synced file its name, durably, and show it."""
         old = self._catalog.objects.get(new.oid)
         try:
-            changed = make_directories(self._disk, new.pool, new.pg)
+            make_directories(self._disk, new.pool, new.pg)
             self._disk.rename(temporary, new.path)
-            for directory in (new.directory, *reversed(changed)):
-                self._disk.fsync_dir(directory)
+            self._sync_names(new)
             if old is not None and old.path != new.path:
                 self._disk.unlink(old.path)
                 self._disk.fsync_dir(old.directory)
@@ -153,6 +153,18 @@ class Replacer:
             old.changed = False
             self._files.drop(old)
         self._catalog.add(new)
+
+    def _sync_names(self, entry: StoredObject) -> None:
+        """Make the name of an object's file durable, and those of the directories above it.
+
+        The directories may be there and not be durable yet: the loop makes them too, and leaves
+        them to the next flush. Once synced here they stay (OSError).
+        """
+        self._disk.fsync_dir(entry.directory)
+        if (entry.pool, entry.pg) not in self._settled:
+            self._disk.fsync_dir(f"objects/{entry.pool}")
+            self._disk.fsync_dir("objects")
+            self._settled.add((entry.pool, entry.pg))
 
     def _abandoned(self, temporary: str, error: OSError) -> Exception:
         cause = disk_error(error, temporary)

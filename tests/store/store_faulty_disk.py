@@ -119,7 +119,7 @@ class FaultyDisk:
         done = 0
         while done < len(view):
             number, skip = divmod(offset + done, BLOCK)
-            if number not in file.blocks and self._used() + BLOCK > self.capacity:
+            if number not in file.blocks and self._is_full():
                 if not done:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 break
@@ -327,6 +327,9 @@ class FaultyDisk:
             else:
                 result.append(node)
         return result
+
+    def _is_full(self) -> bool:
+        return self.capacity < 1 << 40 and self._used() + BLOCK > self.capacity
 
     def _used(self) -> int:
         return BLOCK * sum(len(file.blocks) for file in self._files(self._root))
