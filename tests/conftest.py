@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+
 from fakes.etcd import FakeEtcd
 from fakes.etcd_process import EtcdProcess
 

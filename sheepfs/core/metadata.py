@@ -34,8 +34,10 @@ class Keys:
         self.alive = self.root + "alive/"
         self.pools = self.root + "pools/"
         self.vdis = self.root + "vdis/"
+        self.vdi_names = self.root + "vdi-names/"
         self.locks = self.root + "locks/"
         self.layers = self.root + "layers/"
+        self.trash = self.root + "trash/"
         self.counters = self.root + "counters/"
 
     def node(self, node: int) -> str:
@@ -54,13 +56,21 @@ class Keys:
         """Key of a VDI's record."""
         return self.vdis + name
 
+    def vdi_name(self, vdi: int) -> str:
+        """Key of a VDI's current name, to find its record by id."""
+        return f"{self.vdi_names}{vdi}"
+
     def lock(self, vdi: int) -> str:
-        """Leased key of the mount that holds a VDI; its create_revision is the token."""
+        """Leased key of the mount that holds a VDI."""
         return f"{self.locks}{vdi}"
 
     def layer(self, layer: int) -> str:
         """Key of a layer's birth."""
         return f"{self.layers}{layer}"
+
+    def trashed(self, layer: int) -> str:
+        """Key of a layer whose VDI was deleted and whose objects are still to be freed."""
+        return f"{self.trash}{layer}"
 
     def counter(self, what: str) -> str:
         """Key of the last id given out: `node`, `vdi` or `layer`."""
@@ -179,6 +189,15 @@ class LockRecord(Record):
     generation: int
     owner: str
     """`host:pid:mountpoint` for messages."""
+    token: int = 0
+    """Fencing number; 0 until a reclaim: the revision of the transaction that put this lock."""
+
+
+@dataclass(frozen=True, slots=True)
+class NameRecord(Record):
+    """`vdi-names/<vdi id>`: changes in the same transaction as `vdis/<name>`."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +206,20 @@ class LayerRecord(Record):
 
     vdi: int
     created: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrashRecord(Record):
+    """`trash/<layer id>`: what is needed to free the objects of a deleted VDI's layer."""
+
+    layer: int
+    vdi: int
+    copies: int
+    size: int
+    """Bytes; objects may lie beyond it if the VDI was cut while a node was away."""
+    maps: int = 0
+    """Bit i is set when map object i of the layer existed."""
+    deleted: float = 0.0
 
 
 def check_cluster_name(name: str) -> None:

@@ -120,6 +120,7 @@ class FakeEtcd:
         self._is_partitioned = False
         self._is_silent = False
         self._loses_reply = False
+        self._fails_commit = False
         self._healed: list[Callable[[], None]] = []
 
     def partition(self, silent: bool = False) -> None:
@@ -136,6 +137,10 @@ class FakeEtcd:
         """Make the next commit happen and raise UnreachableError all the same."""
         self._loses_reply = True
 
+    def fail_next_commit(self) -> None:
+        """Make the next commit raise UnreachableError and not happen."""
+        self._fails_commit = True
+
     async def get(self, key: str) -> KeyValue | None:
         await self._call()
         return self.server.keys.get(key)
@@ -148,6 +153,9 @@ class FakeEtcd:
 
     async def commit(self, txn: Transaction) -> int | None:
         await self._call()
+        if self._fails_commit:
+            self._fails_commit = False
+            raise UnreachableError("etcd (fake) does not answer; the change may have been made")
         revision = self.server.commit(txn)
         if self._loses_reply:
             self._loses_reply = False

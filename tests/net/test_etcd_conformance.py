@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trio
+
 from fakes.etcd import FakeEtcd
 from fakes.etcd_process import EtcdProcess
-
 from sheepfs.core.errors import UsageError
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
 from sheepfs.net.etcd import Etcd, LeaseGoneError, LeaseKeeper, Store
