@@ -17,6 +17,7 @@ from typing import Any
 import trio
 
 from sheepfs.backend import ReadDone
+from sheepfs.callbacks import ignore_answer
 from sheepfs.core.errors import (
     CorruptError,
     ObjectNotFoundError,
@@ -140,12 +141,8 @@ class ObjectReader:
             log.warning(
                 "%s: node %d cannot give it; it repairs its copy", describe_oid(fields["oid"]), node
             )
-            link.request(Op.REPAIR, next_request(), _ignore, b"", **fields)
+            link.request(Op.REPAIR, next_request(), ignore_answer, b"", **fields)
 
 
 def _failed(done: ReadDone) -> Callable[[int], None]:
     return lambda code: done(code or errno.EIO, ())
-
-
-def _ignore(link: Link, header: Header | None, payload: memoryview | None) -> None:
-    """The node logs how its repair went."""

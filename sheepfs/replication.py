@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable
 from operator import attrgetter
 
 import trio
 from xxhash import xxh3_64_intdigest
 
+from sheepfs.callbacks import Completed, ignore_answer
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import (
     CorruptError,
@@ -43,9 +43,6 @@ SEQUENCE_BITS = 40
 
 _DISAGREE = (Status.STALE_OBJECT, Status.NOT_FOUND, Status.CORRUPT)
 _by_version = attrgetter("version")
-
-Completed = Callable[[int], None]
-"""Called once with errno or 0."""
 
 
 class ObjectState:
@@ -275,7 +272,7 @@ class Replicator:
         else:
             if status == Status.BUSY and header.epoch < change.epoch:
                 # The member has not seen this epoch yet: show it the map.
-                link.request(Op.MAP, next_request(), _ignore, self.router.map.encoded)
+                link.request(Op.MAP, next_request(), ignore_answer, self.router.map.encoded)
             self.park(change)
 
     def _no_space(self, change: Change) -> None:
@@ -515,6 +512,11 @@ class Replicator:
             "token": self.token,
         }
 
+    def members(self, pg: int) -> list[Link]:
+        """Give the live links to a group's members."""
+        members = self.router.map.pools[self.pool][pg].members
+        return [link for node in members if (link := self.router.link(node))]
+
     async def repair(self, node: int, oid: int, pg: int, source: int = 0) -> None:
         """Ask a node to level its copy with `source` (0: any sync member); best effort."""
         link = self.router.link(node)
@@ -595,7 +597,3 @@ class Replicator:
             self._idle = trio.Event()
             with trio.move_on_after(RETRY_S):
                 await self._idle.wait()
-
-
-def _ignore(link: Link, header: Header | None, payload: memoryview | None) -> None:
-    """For requests whose effect shows elsewhere."""

@@ -49,6 +49,13 @@ class VdiMap:
         page = self.pages.get(index // MAP_ENTRIES_PER_BLOCK)
         return None if page is None else page[index % MAP_ENTRIES_PER_BLOCK]
 
+    def exists_around(self, index: int) -> bool:
+        """Tell whether anything near an object index (its 2 TiB) was ever stored or changed."""
+        map_index = index // MAP_ENTRIES_PER_OBJECT
+        return bool(self.existing >> map_index & 1) or any(
+            number // PAGES_PER_OBJECT == map_index for number in self.pages
+        )
+
     async def load(self, index: int) -> None:
         """Load the page of an object index, and its neighbours.
 

@@ -19,31 +19,23 @@ from typing import Any, Protocol
 import trio
 
 from sheepfs.backend import Attributes, Done, ReadDone
-from sheepfs.core.errors import SheepError, UsageError, to_errno
-from sheepfs.core.geometry import (
-    BLOCK_SIZE,
-    MAX_VDI_SIZE,
-    OBJECT_SIZE,
-    data_object,
-    map_object,
-    object_count,
-    pg_of,
-    split,
-)
+from sheepfs.callbacks import Completed, completion, countdown
+from sheepfs.core.errors import SheepError, to_errno
+from sheepfs.core.geometry import MAX_VDI_SIZE, OBJECT_SIZE, data_object, map_object, split
 from sheepfs.core.metadata import VdiRecord, check_vdi_size
-from sheepfs.core.wire import FLAG_CREATE, Buffer, Header, Op
+from sheepfs.core.wire import FLAG_CREATE, Buffer, Op
+from sheepfs.flusher import Flusher
+from sheepfs.holes import seek
 from sheepfs.net.attach import Attachment
-from sheepfs.net.link import Link, next_request
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
-from sheepfs.replication import Completed, ObjectState, Replicator
-from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
+from sheepfs.replication import ObjectState, Replicator
+from sheepfs.vdimap import VdiMap
 
 log = logging.getLogger(__name__)
 
 READER_MAP_S = 1.0
 """A reader that does not hold the VDI looks at the map again after this."""
-FLUSH_EVERY_S = 5.0
 _ZEROS = bytes(OBJECT_SIZE)
 
 
@@ -98,10 +90,7 @@ class Volume:
         self._converge = False
         """The last holder did not detach: replicas are compared before the first read."""
         self._attaching = trio.Lock()
-        self._flush_waiters: list[Done] = []
-        self._flush_wanted = trio.Event()
-        self._discarded: dict[int, int] = {}
-        """Objects made holes -> their last version; deleted once the map is durable."""
+        self._flusher: Flusher | None = None
         self._scope: trio.CancelScope | None = None
 
     # -- what a file shows ------------------------------------------------------------------
@@ -142,24 +131,17 @@ class Volume:
             self.record = record
             self._map = VdiMap(record.maps, self._load_map)
             self._converge = not attachment.was_clean
-            self._discarded = {}
             self._reader.token = attachment.token
             self.replicator = Replicator(
                 self._router, self._nursery, record.id, record.copies, attachment.token,
                 attachment.generation,
             )  # fmt: skip
+            self._flusher = Flusher(
+                self.name, record.layer, self.replicator, self._map, self._save_if_changed
+            )
             self.attachment = attachment
             self._scope = trio.CancelScope()
-            self._nursery.start_soon(self._background, self._scope)
-
-    async def _background(self, scope: trio.CancelScope) -> None:
-        replicator = self.replicator
-        if replicator is not None:
-            with scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(replicator.run)
-                    nursery.start_soon(self._flusher)
-                    nursery.start_soon(self._flush_now_and_then)
+            self._nursery.start_soon(_run_both, self._scope, self.replicator, self._flusher)
 
     async def detach(self) -> None:
         """Flush everything and let other mounts attach.
@@ -169,22 +151,22 @@ class Volume:
                 marked so that the next holder compares its replicas.
         """
         async with self._attaching:
-            attachment, replicator = self.attachment, self.replicator
-            if attachment is None or replicator is None:
+            attachment, replicator, flusher = self.attachment, self.replicator, self._flusher
+            if attachment is None or replicator is None or flusher is None:
                 return
             problem: SheepError | None = None
             if not replicator.fenced:
                 await replicator.settle()
                 try:
-                    await self._flushed()
+                    await completion(flusher.flush)
                 except SheepError as error:
                     problem = error
-            self.attachment = self.replicator = None
+            self.attachment = self.replicator = self._flusher = None
             if self._scope:
                 self._scope.cancel()
             replicator.close()
             self._reader.token = 0
-            self._fail_flushes(errno.EIO)
+            flusher.fail_waiting()
             self.record = self._current_record()
             await self._attacher.detach(
                 attachment, self.record, clean=problem is None and not replicator.fenced
@@ -396,7 +378,8 @@ class Volume:
         oid = data_object(self.record.layer, index)
         state = replicator.state(oid)
         state.ready = not state.opening
-        self._discarded.pop(oid, None)
+        if self._flusher is not None:
+            self._flusher.discarded.pop(oid, None)
         self._allocated += OBJECT_SIZE
         vdi_map.begin_create(index, self.record.layer)
 
@@ -425,8 +408,8 @@ class Volume:
         if self._map.get(index) is None:
             await self._map.load(index)
         layer = self._map.get(index)
-        replicator = self.replicator
-        if not layer or replicator is None:
+        replicator, flusher = self.replicator, self._flusher
+        if not layer or replicator is None or flusher is None:
             return
         oid = data_object(layer, index)
         if size == OBJECT_SIZE:
@@ -434,17 +417,11 @@ class Volume:
             if not state.ready:
                 await replicator.open(state)
             self._map.discard(index)
-            self._discarded[oid] = state.version
+            flusher.discarded[oid] = state.version
             self._allocated -= OBJECT_SIZE
             return
-        await self._change(replicator, replicator.state(oid), Op.PUNCH, within, size, b"")
-
-    async def _change(
-        self, replicator: Replicator, state: ObjectState, op: int, offset: int, span: int,
-        payload: Buffer, flags: int = 0,
-    ) -> None:  # fmt: skip
         await completion(
-            lambda done: replicator.change(state, op, offset, span, payload, done, flags)
+            lambda done: replicator.change(replicator.state(oid), Op.PUNCH, within, size, b"", done)
         )
 
     async def resize(self, size: int) -> None:
@@ -470,121 +447,20 @@ class Volume:
         if not self.attachment and not self._reader_map_is_good():
             self._map.forget_clean()
             self._map_read = trio.current_time()
-        index = offset // OBJECT_SIZE
-        while index < object_count(self._size):
-            if self._map.get(index) is None:
-                await self._map.load(index)
-            layer = self._map.get(index)
-            base = index * OBJECT_SIZE
-            start = max(offset, base)
-            if not layer:
-                if not data:
-                    return start
-                index += 1
-                continue
-            oid = data_object(layer, index)
-            extents = int.from_bytes(await self._reader.extents(oid), "little")
-            for block in range((start - base) // BLOCK_SIZE, OBJECT_SIZE // BLOCK_SIZE):
-                if bool(extents >> block & 1) is data:
-                    found = max(start, base + block * BLOCK_SIZE)
-                    return found if found < self._size else None
-            index += 1
-        return None
+        return await seek(self._map, self._reader, self._size, offset, data=data)
 
     # -- flush ------------------------------------------------------------------------------
 
     def flush(self, done: Done) -> None:
         """Make every write completed before this call durable on every member (I1)."""
-        replicator = self.replicator
-        if replicator is None:
+        if self._flusher is None:
             done(0)
-            return
-        if replicator.fenced:
-            done(errno.EIO)
-            return
-        self._flush_waiters.append(done)
-        self._flush_wanted.set()
+        else:
+            self._flusher.flush(done)
 
-    async def _flushed(self) -> None:
-        await completion(self.flush)
-
-    def _fail_flushes(self, code: int) -> None:
-        waiters, self._flush_waiters = self._flush_waiters, []
-        for done in waiters:
-            done(code)
-
-    async def _flush_now_and_then(self) -> None:
-        """Bound what a crash can lose, like a disk that empties its cache on its own."""
-        while True:
-            await trio.sleep(FLUSH_EVERY_S)
-            replicator = self.replicator
-            if replicator is not None and (replicator.dirty or self._map.is_dirty):
-                self.flush(lambda code: None)
-
-    async def _flusher(self) -> None:
-        """Flush for everyone who asked before it began."""
-        while True:
-            await self._flush_wanted.wait()
-            self._flush_wanted = trio.Event()
-            waiters, self._flush_waiters = self._flush_waiters, []
-            if not waiters:
-                continue
-            code = 0
-            try:
-                await self._flush_once()
-            except SheepError as error:
-                log.error("%s: flush failed: %s", self.name, error)
-                code = to_errno(error)
-            for done in waiters:
-                done(code)
-
-    async def _flush_once(self) -> None:
-        replicator = self.replicator
-        if replicator is None:
-            raise UsageError("the VDI is not attached")
-        layer = self.record.layer
-        pages = self._map.take_dirty()
-        discarded, self._discarded = self._discarded, {}
-        try:
-            await replicator.make_durable(layer)
-            if pages:
-                await self._store_pages(replicator, pages)
-                await replicator.make_durable(layer)
-        except BaseException:
-            self._map.give_back(set(pages))
-            self._discarded = {**discarded, **self._discarded}
-            raise
+    async def _save_if_changed(self) -> None:
         if self._size != self._saved_size or self._map.existing != self.record.maps:
             await self._save()
-        for oid, version in discarded.items():
-            self._delete(replicator, oid, version)
-
-    async def _store_pages(self, replicator: Replicator, pages: dict[int, bytes]) -> None:
-        for number, page in sorted(pages.items()):
-            map_index, place = divmod(number, PAGES_PER_OBJECT)
-            state = replicator.state(map_object(self.record.layer, map_index))
-            flags = 0
-            if not self._map.existing >> map_index & 1:
-                flags = FLAG_CREATE
-                state.ready = not state.opening
-            await self._change(
-                replicator, state, Op.WRITE, place * BLOCK_SIZE, BLOCK_SIZE, page, flags
-            )
-            self._map.existing |= 1 << map_index
-
-    def _delete(self, replicator: Replicator, oid: int, version: int) -> None:
-        """Free a discarded object's space; best effort, the map does not name it any more."""
-        state = replicator.objects.get(oid)
-        if state is None or state.version != version or not state.ready:
-            return
-        del replicator.objects[oid]
-        pg = pg_of(oid, len(self._router.map.pools[self._pool]))
-        for node in self._router.map.pools[self._pool][pg].members:
-            if link := self._router.link(node):
-                link.request(
-                    Op.DELETE, next_request(), _ignore, b"", prev=version, version=version + 1,
-                    **replicator.fields(oid, pg),
-                )  # fmt: skip
 
     async def _save(self) -> None:
         if self.attachment is not None:
@@ -594,46 +470,12 @@ class Volume:
             self._saved_size = record.size
 
 
-def _failed(done: ReadDone) -> Callable[[int], None]:
+def _failed(done: ReadDone) -> Completed:
     return lambda code: done(code, ())
 
 
-def _ignore(link: Link, header: Header | None, payload: memoryview | None) -> None:
-    """For requests that may fail without harm."""
-
-
-def countdown(parts: int, done: Completed) -> Completed:
-    """Give a callback to be called `parts` times; then `done` gets the first error."""
-    failed = 0
-
-    def part_done(code: int) -> None:
-        nonlocal parts, failed
-        failed = failed or code
-        parts -= 1
-        if not parts:
-            done(failed)
-
-    return part_done
-
-
-async def completion(start: Callable[[Completed], None]) -> None:
-    """Await a callback-style operation; its errno becomes an OperationError."""
-    finished = trio.Event()
-    outcome: list[int] = []
-
-    def done(code: int) -> None:
-        outcome.append(code)
-        finished.set()
-
-    start(done)
-    await finished.wait()
-    if outcome[0]:
-        raise OperationError(outcome[0])
-
-
-class OperationError(SheepError):
-    """A callback-style operation failed; the cause is in the log."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"failed with {errno.errorcode.get(code, code)}")
-        self.errno = code  # type: ignore[misc]
+async def _run_both(scope: trio.CancelScope, replicator: Replicator, flusher: Flusher) -> None:
+    with scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(replicator.run)
+            nursery.start_soon(flusher.run)

@@ -1,0 +1,146 @@
+"""Flushing one attached VDI: data, then the map, then the record in etcd.
+
+Always holds:
+- A map page is stored only after what it names is durable on all members (DESIGN section 6).
+- Flushes asked for while one runs share the next one.
+- A failed flush that nobody waited for is told to the next one who asks: it is never lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from sheepfs.callbacks import Completed, completion, ignore_answer
+from sheepfs.core.errors import SheepError, to_errno
+from sheepfs.core.geometry import BLOCK_SIZE, map_object
+from sheepfs.core.wire import FLAG_CREATE, Op
+from sheepfs.net.link import next_request
+from sheepfs.replication import Replicator
+from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
+
+log = logging.getLogger(__name__)
+
+FLUSH_EVERY_S = 5.0
+
+
+class Flusher:
+    """Makes one attached VDI durable.
+
+    Args:
+        save: puts size and map objects in etcd if they changed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: int,
+        replicator: Replicator,
+        vdi_map: VdiMap,
+        save: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._name = name
+        self._layer = layer
+        self._replicator = replicator
+        self._map = vdi_map
+        self._save = save
+        self._waiters: list[Completed] = []
+        self._wanted = trio.Event()
+        self._unreported = 0
+        self.discarded: dict[int, int] = {}
+        """Objects made holes -> their last version; deleted once the map is durable."""
+
+    def flush(self, done: Completed) -> None:
+        """Make every change completed before this call durable on every member (I1)."""
+        if self._replicator.fenced:
+            done(errno.EIO)
+        else:
+            self._waiters.append(done)
+            self._wanted.set()
+
+    def fail_waiting(self) -> None:
+        """Answer everybody with EIO: the VDI is being let go."""
+        waiters, self._waiters = self._waiters, []
+        for done in waiters:
+            done(errno.EIO)
+
+    async def run(self) -> None:
+        """Flush for everyone who asked before it began, until cancelled."""
+        while True:
+            with trio.move_on_after(FLUSH_EVERY_S):
+                await self._wanted.wait()
+            self._wanted = trio.Event()
+            waiters, self._waiters = self._waiters, []
+            # Without a waiter: bound what a crash can lose, like a disk that empties its cache.
+            if waiters or self._replicator.dirty or self._map.is_dirty:
+                self._tell(waiters, await self._try())
+
+    async def _try(self) -> int:
+        try:
+            await self._flush()
+        except SheepError as error:
+            log.error("%s: flush failed: %s", self._name, error)
+            return to_errno(error)
+        return 0
+
+    def _tell(self, waiters: list[Completed], code: int) -> None:
+        if not waiters:
+            self._unreported = code or self._unreported
+            return
+        code, self._unreported = code or self._unreported, 0
+        for done in waiters:
+            done(code)
+
+    async def _flush(self) -> None:
+        pages = self._map.take_dirty()
+        discarded, self.discarded = self.discarded, {}
+        try:
+            await self._replicator.make_durable(self._layer)
+            if pages:
+                await self._store_pages(pages)
+                await self._replicator.make_durable(self._layer)
+            await self._save()
+        except BaseException:
+            self._map.give_back(set(pages))
+            self.discarded = {**discarded, **self.discarded}
+            raise
+        for oid, version in discarded.items():
+            self._delete(oid, version)
+
+    async def _store_pages(self, pages: dict[int, bytes]) -> None:
+        for number, page in sorted(pages.items()):
+            map_index, place = divmod(number, PAGES_PER_OBJECT)
+            state = self._replicator.state(map_object(self._layer, map_index))
+            flags = 0
+            if not self._map.existing >> map_index & 1:
+                flags = FLAG_CREATE
+                state.ready = not state.opening
+            await completion(
+                lambda done, state=state, place=place, page=page, flags=flags: (  # type: ignore[misc]
+                    self._replicator.change(
+                        state, Op.WRITE, place * BLOCK_SIZE, BLOCK_SIZE, page, done, flags
+                    )
+                )
+            )
+            self._map.existing |= 1 << map_index
+
+    def _delete(self, oid: int, version: int) -> None:
+        """Free a discarded object's space; best effort, the map does not name it any more."""
+        replicator = self._replicator
+        state = replicator.objects.get(oid)
+        if state is None or state.version != version or not state.ready:
+            return
+        del replicator.objects[oid]
+        for link in replicator.members(state.pg):
+            link.request(
+                Op.DELETE,
+                next_request(),
+                ignore_answer,
+                b"",
+                prev=version,
+                version=version + 1,
+                **replicator.fields(oid, state.pg),
+            )

@@ -1,0 +1,57 @@
+"""SEEK_DATA and SEEK_HOLE over a VDI's map and its objects' blocks."""
+
+from __future__ import annotations
+
+from sheepfs.core.geometry import (
+    BLOCK_SIZE,
+    BLOCKS_PER_OBJECT,
+    MAP_ENTRIES_PER_OBJECT,
+    OBJECT_SIZE,
+    data_object,
+    object_count,
+)
+from sheepfs.objects import ObjectReader
+from sheepfs.vdimap import VdiMap
+
+
+async def seek(
+    vdi_map: VdiMap, reader: ObjectReader, size: int, offset: int, *, data: bool
+) -> int | None:
+    """Give the first offset in [`offset`, `size`) that is data (or a hole), None if there is none.
+
+    Blocks of 4 KiB decide; a block that is stored but all zeros may count as either.
+
+    Raises:
+        SheepError: a map page or an object cannot be read.
+    """
+    index = offset // OBJECT_SIZE
+    while index < object_count(size):
+        start = max(offset, index * OBJECT_SIZE)
+        if data and not vdi_map.exists_around(index):
+            # No map object at all: 2 TiB of hole in one step.
+            index = (index // MAP_ENTRIES_PER_OBJECT + 1) * MAP_ENTRIES_PER_OBJECT
+            continue
+        layer = vdi_map.get(index)
+        if layer is None:
+            await vdi_map.load(index)
+            continue
+        if not layer:
+            if not data:
+                return start
+            index += 1
+            continue
+        extents = int.from_bytes(await reader.extents(data_object(layer, index)), "little")
+        found = _first_block(extents, (start % OBJECT_SIZE) // BLOCK_SIZE, data=data)
+        if found is not None:
+            place = max(start, index * OBJECT_SIZE + found * BLOCK_SIZE)
+            return place if place < size else None
+        index += 1
+    return None
+
+
+def _first_block(extents: int, first: int, *, data: bool) -> int | None:
+    """Give the first block >= `first` whose bit is set (data) or clear."""
+    if not data:
+        extents = ~extents & (1 << BLOCKS_PER_OBJECT) - 1
+    rest = extents >> first
+    return first + (rest & -rest).bit_length() - 1 if rest else None
