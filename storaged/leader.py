@@ -25,7 +25,7 @@ from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
 from sheepfs.core.kv import KeyValue, Put, Transaction, Unchanged
 from sheepfs.core.metadata import AliveRecord, ClusterConfig, Keys, LeaderRecord
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, Store
-from storaged.logic.leader import OUT_AFTER_S, Joined, decide
+from storaged.logic.leader import OUT_AFTER_S, Joined, as_in_map, decide
 from storaged.logic.reachability import Outcome, Reachability, Run
 from storaged.membership import ALIVE_TTL_S, Announcer
 from storaged.recovery import JoinedGroup
@@ -278,18 +278,23 @@ class Leader:
         self._publish(seen.map)
         alive = dict(seen.alive)
         if trio.current_time() < self._grace_until:
-            alive = {**_as_in_map(seen.map), **alive}
+            alive = {**as_in_map(seen.map), **alive}
         self._addresses = {
             (record.id, record.incarnation): record.address
             for record in alive.values()
             if record.id != self._announcer.node
         }
         self._reach.forget_all_but(self._addresses)
+        voted_out = [
+            (node.id, node.incarnation)
+            for node in seen.map.nodes.values()
+            if node.state is NodeState.DOWN and node.id != self._announcer.node
+        ]
         taken = list(self._joined)
         following = decide(
             seen.map,
             alive,
-            self._reach.unreachable(),
+            self._reach.unreachable(voted_out),
             seen.pools,
             self._config.pg_count,
             taken,
@@ -365,29 +370,13 @@ class Leader:
                     is_there = await self._ping(address, run[1])
                     outcome = Outcome.ALIVE if is_there else Outcome.DEAD
             if self._reach.note(run, outcome, sent, trio.current_time()):
-                log.info("node %d at %s is %s", run[0], address, outcome.value)
+                log.info("ping: node %d at %s is %s", run[0], address, outcome.value)
                 self._wake.set()
         finally:
             self._pinging.discard(run)
 
 
 _POOLS = frozenset("12345")
-
-
-def _as_in_map(cluster_map: ClusterMap) -> dict[int, AliveRecord]:
-    """Give nodes the benefit of the doubt: as alive as the map says."""
-    return {
-        node.id: AliveRecord(
-            node.id,
-            node.incarnation,
-            node.address,
-            node.zone,
-            node.weight,
-            node.state is NodeState.DRAINING,
-        )
-        for node in cluster_map.nodes.values()
-        if node.state is not NodeState.DOWN
-    }
 
 
 def _log_changes(before: ClusterMap, after: ClusterMap) -> None:

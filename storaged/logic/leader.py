@@ -112,6 +112,22 @@ def decide(
     return current.with_changes(nodes, pools)
 
 
+def as_in_map(cluster_map: ClusterMap) -> dict[int, AliveRecord]:
+    """Give the map's nodes the benefit of the doubt: the records they would have if all ran on."""
+    return {
+        node.id: AliveRecord(
+            node.id,
+            node.incarnation,
+            node.address,
+            node.zone,
+            node.weight,
+            node.state is NodeState.DRAINING,
+        )
+        for node in cluster_map.nodes.values()
+        if node.state is not NodeState.DOWN
+    }
+
+
 def _runs_on(known: Node | None, record: AliveRecord) -> bool:
     return known is not None and known.incarnation == record.incarnation
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sheepfs.core import metadata
 from sheepfs.core.errors import ProtocolError, UsageError
+from sheepfs.core.geometry import MAX_VDI_SIZE
 from sheepfs.core.metadata import (
     Keys,
     Record,
@@ -127,12 +128,12 @@ def test_a_vdi_name_that_is_taken_can_be_a_file_name(name: str) -> None:
     assert b"\0" not in encoded
 
 
-@pytest.mark.parametrize("size", [0, 1, metadata.MAX_VDI_SIZE])
+@pytest.mark.parametrize("size", [0, 1, MAX_VDI_SIZE])
 def test_sizes_up_to_the_limit_are_taken(size: int) -> None:
     check_vdi_size(size)
 
 
-@pytest.mark.parametrize("size", [-1, metadata.MAX_VDI_SIZE + 1])
+@pytest.mark.parametrize("size", [-1, MAX_VDI_SIZE + 1])
 def test_sizes_beyond_the_limit_are_refused(size: int) -> None:
     with pytest.raises(UsageError):
         check_vdi_size(size)

@@ -188,6 +188,20 @@ async def test_a_killed_leader_is_replaced_and_voted_out_well_below_a_second(
         assert len(cluster.leaders()) == 1
 
 
+async def test_a_new_leader_does_not_let_in_again_what_the_old_one_saw_die(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(4) as cluster:
+        victim, old = a_follower(cluster), the_leader(cluster)
+        victim.kill()
+        await until(lambda: cluster.states()[victim.node] is NodeState.DOWN)
+        old.kill()
+        await until(lambda: cluster.states()[old.node] is NodeState.DOWN)
+        new = the_leader(cluster)
+        await trio.sleep(3)
+        assert all(m.nodes[victim.node].state is NodeState.DOWN for m in new.maps[1:])
+
+
 async def test_a_report_about_a_killed_leader_is_acted_upon_at_once(
     autojump_clock: MockClock,
 ) -> None:

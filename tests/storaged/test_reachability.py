@@ -50,6 +50,15 @@ def test_one_answer_ends_a_silence() -> None:
     assert not reach.unreachable()
 
 
+def test_a_run_that_was_voted_out_counts_as_gone_until_it_answers() -> None:
+    reach = Reachability()
+    assert reach.unreachable({RUN}) == {RUN}
+    reach.note(RUN, Outcome.SILENT, 0.0, 1.0)
+    assert reach.unreachable({RUN}) == {RUN}
+    assert reach.note(RUN, Outcome.ALIVE, 1.0, 1.1)
+    assert not reach.unreachable({RUN})
+
+
 def test_runs_that_nobody_asks_about_are_forgotten() -> None:
     reach = Reachability()
     reach.note(RUN, Outcome.DEAD, 0.0, 0.0)
