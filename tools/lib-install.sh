@@ -31,7 +31,7 @@ as_root() {
 
 apt_update() {
     [ -z "$apt_updated" ] || return 0
-    as_root apt-get -q update >&2 || say "apt-get update failed; trying with the lists that are here"
+    as_root apt-get -qq update >&2 || say "apt-get update failed; trying with the lists that are here"
     apt_updated=yes
 }
 
@@ -39,10 +39,14 @@ apt_update() {
 apt_install() {
     command -v apt-get >/dev/null ||
         die "needs the packages $*; this is no Debian, so install their like by hand"
-    say "Installing: $*"
+    say "Installing with apt: $*"
     apt_update
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install "$@" \
-        >&2 || die "could not install $*: see apt's message above"
+    mkdir -p "$cache_dir"
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends \
+        -o APT::Sandbox::User=root install "$@" >"$cache_dir/apt.log" 2>&1 || {
+        tail -n 20 "$cache_dir/apt.log" >&2
+        die "could not install $*: see $cache_dir/apt.log"
+    }
 }
 
 # has_command NAME, has_module NAME, has_header: what a package is wanted for.
