@@ -23,6 +23,7 @@ from sheepfs.core.errors import (
     ObjectNotFoundError,
     ProtocolError,
     RecoveringError,
+    RetryableError,
     SheepError,
     UnreachableError,
 )
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 PULL_TIMEOUT_S = 5.0
 RETRY_DELAY_S = 0.1
+PATIENCE_S = 2.0
+"""How long a pull waits for a peer to be reachable: requests on the object wait meanwhile."""
 PARALLEL_GROUPS = 4
 PARALLEL_PULLS = 4
 
@@ -193,16 +196,30 @@ class Recovery:
         Raises:
             SheepError: no sync member gave it (the last one's reason).
         """
+        give_up = trio.current_time() + PATIENCE_S
+        while True:
+            problem = await self._try_to_pull(oid, pool, pg, source)
+            if problem is None:
+                return
+            if not isinstance(problem, RetryableError) or trio.current_time() > give_up:
+                raise problem
+            with trio.move_on_after(RETRY_DELAY_S):
+                await self._changed.wait()
+
+    async def _try_to_pull(
+        self, oid: int, pool: int, pg: int, source: int | None
+    ) -> SheepError | None:
+        """Ask each sync member (or `source` alone) once; give the last one's reason."""
         group = self._replica.map.pools[pool][pg]
         candidates = [n for n in group.sync if n != self._replica.node]
-        problem: SheepError = UnreachableError("the group has no other sync member")
+        problem: SheepError = ObjectNotFoundError("the group has no other sync member")
         for node in candidates if source is None else [source]:
             try:
                 await self._pull_from(self._source(group, node), oid, pool, pg, source is not None)
-                return
+                return None
             except SheepError as error:
                 problem = error
-        raise problem
+        return problem
 
     async def _pull_from(self, link: Link, oid: int, pool: int, pg: int, exact: bool) -> None:
         replica, store = self._replica, self._replica.store

@@ -18,7 +18,7 @@ from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
 from sheepfs.replication import Replicator
-from sheepfs.volume import OperationError, completion
+from sheepfs.callbacks import OperationError, completion
 
 VDI, LAYER = 2, 2
 OID = data_object(LAYER, 0)
@@ -215,9 +215,10 @@ async def test_a_bad_block_is_read_from_a_peer_and_repaired(tmp_path: Path) -> N
             file.write(b"X")
         for _ in range(6):
             assert await holder.read(OID) == b"a" * BLOCK
-        await wait_until(lambda: on_disk(cluster, 1) == b"a" * BLOCK)
-        assert cluster.nodes[1].replica.counters.corrupt_blocks == 1
-        assert cluster.nodes[1].replica.counters.repaired_blocks == 1
+        counters = cluster.nodes[1].replica.counters
+        await wait_until(lambda: counters.repaired_blocks == 1)
+        assert on_disk(cluster, 1) == b"a" * BLOCK
+        assert counters.corrupt_blocks == 1
 
 
 async def test_when_all_members_were_killed_the_last_one_is_the_truth(tmp_path: Path) -> None:
