@@ -17,20 +17,22 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Self, TypeVar
 
 import trio
 
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError
 from sheepfs.core.kv import KeyValue, Put, Transaction
+from sheepfs.net.etcd_watch import WatchStream, reason_of
 from sheepfs.net.store import (
     COMPLAIN_S,
     Hints,
     LeaseGoneError,
     LeaseKeeper,
     Store,
+    hint_channel,
     parse_endpoints,
 )
 
@@ -115,13 +117,13 @@ class _Member:
             self._is_connected = self._client is client
         return client
 
-    def forget(self, client: Any) -> None:
-        """Connect afresh next time; who still uses `client` keeps it until done.
+    def forget(self, client: Any = None) -> None:
+        """Connect afresh next time (if `client` is still in use here); its calls go on.
 
         A failed channel would wait out its backoff before it looks whether etcd is back.
         """
         with self._lock:
-            if self._client is client:
+            if client is None or self._client is client:
                 self._client = None
 
     def close(self) -> None:
@@ -177,7 +179,7 @@ class Etcd:
 
         def call(client: Any, timeout_s: float) -> tuple[list[KeyValue], int]:
             until = time.monotonic() + timeout_s
-            start, end = _key(prefix) or b"\0", _range_end(_key(prefix))
+            start, end = _range(prefix)
             found: list[KeyValue] = []
             revision = 0
             while True:
@@ -252,51 +254,42 @@ class Etcd:
 
         await self._run(call, limiter=self._leases)
 
-    @asynccontextmanager
-    async def watch(self, prefix: str, poll_s: float = 5.0) -> AsyncIterator[Hints]:
+    def watch(self, prefix: str, poll_s: float = 5.0) -> AbstractAsyncContextManager[Hints]:
         """Give hints about changes below `prefix` (see Store)."""
-        sender, hints = trio.open_memory_channel[None](1)
-
-        def hint() -> None:
-            # One is waiting already, the reader closed its end, or the watch is over.
-            with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
-                sender.send_nowait(None)
-
-        async def poll() -> None:
-            while True:
-                hint()
-                await trio.sleep(poll_s)
-
-        failure: Exception | None = None
-        async with trio.open_nursery() as nursery, sender, hints:
-            nursery.start_soon(poll)
-            nursery.start_soon(self._watch, prefix, hint)
-            try:
-                yield hints
-            except Exception as error:  # of the caller's block: it must not come out as a group
-                failure = error
-            nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+        return hint_channel(poll_s, lambda hint: self._watch(prefix, hint))
 
     async def _watch(self, prefix: str, hint: Callable[[], None]) -> None:
-        backoff_s = 0.2
+        start, end = _range(prefix)
+        request = etcdrpc.WatchRequest(
+            create_request=etcdrpc.WatchCreateRequest(key=start, range_end=end)
+        )
+        backoff_s = PAUSE_S
         complained = -COMPLAIN_S
         while not self._is_closed:
             number = self._current
-            stream = _WatchStream(self._members[number], prefix, hint, self.deadline_s)
+            member = self._members[number]
+
+            def open_stream(requests: Iterator[Any], member: _Member = member) -> Any:
+                channel = member.connect(self.deadline_s).channel
+                return etcdrpc.WatchStub(channel).Watch(requests, metadata=_NEEDS_LEADER)
+
+            stream = WatchStream(open_stream, request, hint)
             try:
                 await trio.to_thread.run_sync(
                     stream.run, abandon_on_cancel=True, limiter=self._watches
                 )
             finally:
                 stream.stop()
-            if stream.was_created:
-                backoff_s = 0.2
+            member.forget()
             self._leave(number)
             if trio.current_time() >= complained + COMPLAIN_S:
                 complained = trio.current_time()
-                log.info("watch of %s broke, connecting again: %s", prefix, stream.failure)
+                log.info(
+                    "watch of %s on etcd at %s broke, connecting again: %s",
+                    prefix, member.name, stream.failure,
+                )  # fmt: skip
+            if stream.was_created:
+                backoff_s = PAUSE_S
             await trio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
@@ -340,7 +333,7 @@ class Etcd:
                 left_s = max(until - time.monotonic(), 0)
                 return call(client, left_s if send_once else left_s / left)
             except grpc.RpcError as error:
-                reason = f"{member.name}: {_reason(error)}"
+                reason = f"{member.name}: {reason_of(error)}"
                 if was_sent:
                     _raise_refusal(error)
                     member.forget(client)
@@ -362,70 +355,9 @@ class Etcd:
         )
 
 
-class _WatchStream:
-    """One watch on one member, from connect to failure; `run` blocks in a worker thread."""
-
-    def __init__(
-        self, member: _Member, prefix: str, hint: Callable[[], None], deadline_s: float
-    ) -> None:
-        self.was_created = False
-        self.failure = "the stream ended"
-        self._member = member
-        self._prefix = prefix
-        self._hint = hint
-        self._deadline_s = deadline_s
-        self._trio = trio.lowlevel.current_trio_token()
-        self._stopped = threading.Event()
-        self._client: Any = None
-        self._call: Any = None
-
-    def run(self) -> None:
-        try:
-            self._client = self._member.connect(self._deadline_s)
-            stub = etcdrpc.WatchStub(self._client.channel)
-            self._call = stub.Watch(self._requests(), metadata=_NEEDS_LEADER)
-            if self._stopped.is_set():  # stop() ran before there was a call to cancel
-                self._call.cancel()
-            for reply in self._call:
-                if reply.canceled:
-                    self.failure = reply.cancel_reason or "etcd cancelled the watch"
-                    return
-                self.was_created = True
-                self._trio.run_sync_soon(self._hint, idempotent=True)
-        except grpc.RpcError as error:
-            self.failure = f"{self._member.name}: {_reason(error)}"
-            self._member.forget(self._client)
-        except ValueError as error:  # grpc: the channel was closed
-            self.failure = str(error)
-        except trio.RunFinishedError:
-            return
-        finally:
-            self.stop()
-
-    def stop(self) -> None:
-        """End the stream and its threads; from any thread, any number of times."""
-        self._stopped.set()
-        if self._call is not None:
-            self._call.cancel()
-
-    def _requests(self) -> Iterator[Any]:
-        """Requests of the stream; it stays open, since etcd ends a watch at our half-close."""
-        prefix = _key(self._prefix)
-        yield etcdrpc.WatchRequest(
-            create_request=etcdrpc.WatchCreateRequest(
-                key=prefix or b"\0", range_end=_range_end(prefix)
-            )
-        )
-        self._stopped.wait()
-
-
-def _reason(error: grpc.RpcError) -> str:
-    return error.details() or str(error.code())
-
-
 def _raise_refusal(error: grpc.RpcError) -> None:
     """Raise what an answer of etcd means that no other member would give differently."""
-    details = _reason(error)
+    details = reason_of(error)
     if error.code() == grpc.StatusCode.NOT_FOUND and "lease" in details:
         raise LeaseGoneError(f"etcd: {details}") from error
     if error.code() in _REFUSED:
@@ -437,10 +369,11 @@ def _key(key: str) -> bytes:
     return key.encode(errors="surrogateescape")
 
 
-def _range_end(prefix: bytes) -> bytes:
-    """First key after all keys that start with `prefix`; b"\\0" means no end."""
-    stem = prefix.rstrip(b"\xff")
-    return stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"
+def _range(prefix: str) -> tuple[bytes, bytes]:
+    """First key of a prefix, and the first key after all of it (`b"\\0"` means no end)."""
+    start = _key(prefix)
+    stem = start.rstrip(b"\xff")
+    return start or b"\0", stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"
 
 
 def _key_value(kv: Any) -> KeyValue:

@@ -11,7 +11,8 @@ Always holds:
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Protocol
 
 import trio
@@ -94,6 +95,36 @@ def parse_endpoints(text: str) -> list[tuple[str, int]]:
             raise UsageError(f"etcd address {part.strip()!r}: use HOST:PORT[,HOST:PORT]")
         endpoints.append((host, int(port)))
     return endpoints
+
+
+@asynccontextmanager
+async def hint_channel(
+    poll_s: float, feed: Callable[[Callable[[], None]], Awaitable[None]]
+) -> AsyncIterator[Hints]:
+    """Run `feed(hint)` beside the block; give the coalesced hints, and one every `poll_s`."""
+    sender, hints = trio.open_memory_channel[None](1)
+
+    def hint() -> None:
+        # One is waiting already, the reader closed its end, or the watch is over.
+        with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            sender.send_nowait(None)
+
+    async def poll() -> None:
+        while True:
+            hint()
+            await trio.sleep(poll_s)
+
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery, sender, hints:
+        nursery.start_soon(poll)
+        nursery.start_soon(feed, hint)
+        try:
+            yield hints
+        except Exception as error:  # of the caller's block: it must not come out as a group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 class LeaseKeeper:

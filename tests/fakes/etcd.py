@@ -8,15 +8,15 @@ one.lose_next_reply()                             # its next commit happens, yet
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from itertools import count
 
 import trio
 
 from sheepfs.core.errors import UnreachableError, UsageError
 from sheepfs.core.kv import KeyValue, Put, Transaction
-from sheepfs.net.store import Hints, LeaseGoneError
+from sheepfs.net.store import Hints, LeaseGoneError, hint_channel
 
 MAX_OPERATIONS = 128
 FIRST_LEASE = 0x7000
@@ -174,59 +174,37 @@ class FakeEtcd:
         await self._call()
         self.server.revoke(lease)
 
-    @asynccontextmanager
-    async def watch(self, prefix: str, poll_s: float = 5.0) -> AsyncIterator[Hints]:
-        sender, hints = trio.open_memory_channel[None](1)
-        seen = await self._snapshot(prefix)
-        changed = trio.Event()
+    def watch(self, prefix: str, poll_s: float = 5.0) -> AbstractAsyncContextManager[Hints]:
+        return hint_channel(poll_s, lambda hint: self._watch(prefix, hint))
 
-        def hint() -> None:
-            with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
-                sender.send_nowait(None)
+    async def _watch(self, prefix: str, hint: Callable[[], None]) -> None:
+        def now() -> dict[str, KeyValue]:
+            return {k: v for k, v in self.server.keys.items() if k.startswith(prefix)}
+
+        changed = trio.Event()
+        seen = now()
 
         def look() -> None:
             nonlocal seen
             changed.set()
-            now = {k: v for k, v in self.server.keys.items() if k.startswith(prefix)}
-            if not self._is_partitioned and now != seen:
-                seen = now
+            if not self._is_partitioned and seen != (seen := now()):
                 hint()
 
-        async def tick() -> None:
-            nonlocal changed
-            next_poll = trio.current_time()
-            while True:
-                if trio.current_time() >= next_poll:
-                    next_poll = trio.current_time() + poll_s
-                    hint()
-                changed = trio.Event()
-                with trio.move_on_at(min(next_poll, self.server.next_expiry())):
-                    await changed.wait()
-                self.server.expire()
-
+        hint()
         stop_listening = self.server.listen(look)
         self._healed.append(hint)
         try:
-            failure: Exception | None = None
-            async with trio.open_nursery() as nursery, sender, hints:
-                nursery.start_soon(tick)
-                try:
-                    yield hints
-                except Exception as error:
-                    failure = error
-                nursery.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
+            while True:
+                with trio.move_on_at(self.server.next_expiry()):
+                    await changed.wait()
+                changed = trio.Event()
+                self.server.expire()
         finally:
             stop_listening()
             self._healed.remove(hint)
 
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
-
-    async def _snapshot(self, prefix: str) -> dict[str, KeyValue]:
-        await trio.lowlevel.checkpoint()
-        return {k: v for k, v in self.server.keys.items() if k.startswith(prefix)}
 
     async def _call(self) -> None:
         self.calls += 1
