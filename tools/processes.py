@@ -20,6 +20,15 @@ from pathlib import Path
 POLL_S = 0.02
 
 
+_children: list[subprocess.Popen[bytes]] = []
+"""What this program has started and not yet seen the end of."""
+
+
+def _reap() -> None:
+    """Collect children that have ended, so that they are gone and not zombies."""
+    _children[:] = [child for child in _children if child.poll() is None]
+
+
 class StartError(Exception):
     """Something did not start, or did not stop; the text says what and where its log is."""
 
@@ -60,7 +69,6 @@ class ManagedProcess:
     directory: Path
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
-    child: subprocess.Popen[bytes] | None = None
 
     @property
     def pid_file(self) -> Path:
@@ -75,8 +83,7 @@ class ManagedProcess:
     @property
     def pid(self) -> int | None:
         """Pid of the running process, or None."""
-        if self.child is not None:
-            self.child.poll()
+        _reap()
         try:
             found = json.loads(self.pid_file.read_text())
             pid, start, boot = int(found["pid"]), int(found["start"]), str(found["boot"])
@@ -88,7 +95,7 @@ class ManagedProcess:
         """Start the program; it is not said to be ready yet."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
-            self.child = subprocess.Popen(
+            child = subprocess.Popen(
                 self.argv,
                 cwd=self.directory,
                 env={**os.environ, **self.env},
@@ -97,12 +104,11 @@ class ManagedProcess:
                 stderr=log,
                 start_new_session=True,
             )
-        start = process_start(self.child.pid)
+        _children.append(child)
+        start = process_start(child.pid)
         if start is None:
             raise StartError(f"{self.name} ended at once{self.last_words()}")
-        self.pid_file.write_text(
-            json.dumps({"pid": self.child.pid, "start": start, "boot": _boot_id()})
-        )
+        self.pid_file.write_text(json.dumps({"pid": child.pid, "start": start, "boot": _boot_id()}))
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, if the process is there."""
