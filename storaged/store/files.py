@@ -122,7 +122,8 @@ class OpenFiles:
 
     def evict_clean(self) -> None:
         """Close files that were not used lately and need no sync, to the limit. Any thread."""
-        for _ in range(_SCAN):
+        # At most once around: who has just opened a file must find it open.
+        for _ in range(min(_SCAN, len(self._open))):
             with self._lock:
                 if len(self._open) <= self._limit:
                     return

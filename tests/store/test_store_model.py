@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from store_faulty_disk import FaultyDisk
+from store_helpers import flush, get, open_store
 
 from sheepfs.core.errors import NoSpaceError, ObjectNotFoundError
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, layer_of, map_object
-from store_faulty_disk import FaultyDisk
-from store_helpers import flush, get, open_store
 
 _SIZE = 40_960
 """Only the object's first bytes are written to; the rest stays zeros."""
