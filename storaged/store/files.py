@@ -28,7 +28,7 @@ from storaged.store.format import META_OFFSET, META_SIZE, Header, decode_meta, e
 log = logging.getLogger(__name__)
 _SCAN = 64
 """Entries looked at for one that can be closed without a sync."""
-_MAX_OPEN = 1024
+_MAX_OPEN = 8192
 
 
 def default_limit() -> int:

@@ -136,6 +136,7 @@ class Leveller:
         """Apply a patch to a marked object, made if need be. Loop only; durable when flushed.
 
         Raises:
+            RetryableError: the object is not marked (any more); nothing changed.
             NoSpaceError: only the reserve is left; nothing changed.
             DiskError: the disk failed; the store is out of use.
         """
@@ -144,9 +145,11 @@ class Leveller:
         entry = self._catalog.objects.get(oid)
         if entry is None:
             entry = self._make(oid, pool, pg)
+        # First of all: an object that is not marked is refused untouched, and only an unclean
+        # one's file stays open while a thread makes room for another.
+        self._tracker.changing(entry)
         file = self._reopened(entry)
         entry.state = SUSPECT
-        self._tracker.changing(entry)
         file.sequence += 1
         try:
             self._write(file, patch)

@@ -20,6 +20,7 @@ from sheepfs.core.errors import (
     WrongClusterError,
 )
 from sheepfs.core.geometry import OBJECT_SIZE, data_object
+from storaged.store.level import make_patch
 from storaged.store.objects import ObjectStore
 
 _DATA = random.Random(5).randbytes(1 << 20)
@@ -234,6 +235,22 @@ def test_install_refuses_data_that_does_not_fit_the_bitmap(store: ObjectStore) -
     with pytest.raises(UsageError):
         store.install(A, 1, 0, bytes(100), b"", pool=3, pg=0)
     assert store.get(A) is None
+
+
+def test_a_patch_of_an_unmarked_object_changes_nothing(store: ObjectStore) -> None:
+    put(store, A, 0, _DATA[:8192], create=True)
+    put(store, B, 0, _DATA[4096:8192], create=True)
+    digests = store.digests(A)
+    found = store.difference(B, digests)
+    patch = make_patch(digests, 9, 0, found.differs, found.zero, b"".join(found.blocks))
+    flush(store)
+    store.trim_marks()
+    with pytest.raises(RetryableError):
+        store.patch(A, patch, pool=3, pg=A % 4)
+    assert get(store, A, 0, 8192) == _DATA[:8192]
+    store.mark([A])
+    store.patch(A, patch, pool=3, pg=A % 4)
+    assert get(store, A) == get(store, B)
 
 
 def test_quarantine_moves_the_file_away_and_keeps_it(store: ObjectStore, tmp_path: Path) -> None:
