@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -94,6 +95,12 @@ async def _main(daemon: Daemon) -> None:
             nursery.cancel_scope.cancel()
 
 
+def _raise_open_files() -> None:
+    """Object files stay open between requests: take as many descriptors as the system lets us."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def _ready(line: str) -> None:
     log.info("%s", line)
     notify(f"READY=1\nSTATUS={line}")
@@ -106,6 +113,7 @@ def main() -> None:
     """
     args = build_parser().parse_args()
     setup_logging(args.verbose)
+    _raise_open_files()
     try:
         check_cluster_name(args.cluster)
         if not 1 <= args.pgs <= 65536:

@@ -11,6 +11,7 @@ Source: docs/wire.md.
 from __future__ import annotations
 
 import json
+import os
 import socket as stdlib_socket
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -37,8 +38,9 @@ Handler = Callable[[Header, memoryview], None]
 
 _INITIAL_BUFFER = 256 << 10
 _SOCKET_BUFFER = 2 << 20
-_JOIN_LIMIT = 64 << 10
 _MAX_IOVECS = 512
+_FAIR_TURNS = 8
+"""Reads in a row before other tasks get their turn."""
 
 
 class Connection:
@@ -55,14 +57,17 @@ class Connection:
         """Bytes held for the peer: replies not yet sent, requests not yet answered."""
         self.pause_above_bytes = 1 << 62
         """Stop reading while more is held: bounds the memory that a peer can take."""
+        self.closed = False
+        self.on_output: Callable[[], None] = self.wake_writer
+        """Called when output is queued: by default the writer task sends it."""
+        self._fd = sock.fileno()
         self._buffer = bytearray(_INITIAL_BUFFER)
         self._start = 0
         self._end = 0
         self._out: list[Buffer] = []
+        self._handling = False
         self._wake = trio.Event()
-        self._idle = False
         self._drained = trio.Event()
-        self.closed = False
 
     def send(self, op: int, request: int, payload: Buffer = b"", **fields: int) -> None:
         """Queue a frame (see `wire.encode` for the fields); never blocks."""
@@ -74,9 +79,8 @@ class Connection:
         if payload:
             self._out.append(payload)
         self.queued_bytes += HEADER_SIZE + len(payload)
-        if self._idle:
-            self._idle = False
-            self._wake.set()
+        if not self._handling:
+            self.on_output()
 
     def send_json(self, op: int, request: int, content: Any, **fields: int) -> None:
         """Queue a frame whose payload is JSON."""
@@ -93,80 +97,111 @@ class Connection:
             self._drained = trio.Event()
             await self._drained.wait()
 
+    def wake_writer(self) -> None:
+        """Have the writer task send what is queued."""
+        self._wake.set()
+
     async def flush(self) -> None:
         """Send what is queued, where no writer task runs."""
-        out, self._out = self._out, []
-        await self._send_all(out)
+        while not self.transmit():
+            await trio.lowlevel.wait_writable(self.sock)
 
     async def run_writer(self) -> None:
         """Send what is queued until the connection fails or the task is cancelled."""
         while True:
-            if not self._out:
-                self._wake = trio.Event()
-                self._idle = True
-                await self._wake.wait()
-            out, self._out = self._out, []
-            await self._send_all(out)
+            await self._wake.wait()
+            self._wake = trio.Event()
+            await self.flush()
 
-    async def _send_all(self, out: list[Buffer]) -> None:
-        total = sum(map(len, out))
-        if total <= _JOIN_LIMIT:
-            view = memoryview(b"".join(out) if len(out) > 1 else out[0])
-            while view:
-                view = view[await self.sock.send(view) :]
-        else:
-            for first in range(0, len(out), _MAX_IOVECS):
-                await self._send_vector(out[first : first + _MAX_IOVECS])
-        self.queued_bytes -= total
-        self._drained.set()
+    def transmit(self) -> bool:
+        """Send of the queue what the kernel takes at once; tells whether that was all.
 
-    async def _send_vector(self, vector: list[Buffer]) -> None:
-        while vector:
-            sent = await self.sock.sendmsg(vector)
-            done = 0
-            while done < len(vector) and sent >= len(vector[done]):
-                sent -= len(vector[done])
-                done += 1
-            vector = vector[done:]
-            if sent:
-                vector[0] = memoryview(vector[0])[sent:]
+        System calls are made directly: trio's sockets pass through the scheduler each time.
+        Raises OSError: the connection broke.
+        """
+        out = self._out
+        try:
+            while out:
+                vector = out[:_MAX_IOVECS]
+                sent = os.writev(self._fd, vector)
+                self.queued_bytes -= sent
+                done = 0
+                while done < len(vector) and sent >= len(vector[done]):
+                    sent -= len(vector[done])
+                    done += 1
+                if sent:
+                    out[done] = memoryview(vector[done])[sent:]
+                del out[:done]
+        except BlockingIOError:
+            return False
+        finally:
+            if self.queued_bytes <= self.pause_above_bytes:
+                self._drained.set()
+        return True
 
     async def receive(self, handle: Handler, *, one: bool = False) -> None:
         """Read frames and give each to `handle` until the peer closes (or after `one`).
+
+        What the handlers queue on this connection goes out in one call when all frames that
+        came together are handled.
 
         Raises:
             ProtocolError: the peer sent something else than frames of this session.
             OSError: the connection broke.
         """
+        turns = 0
         while True:
-            while self._end - self._start >= HEADER_SIZE:
-                length = frame_length(self._buffer, self._start, self.frame_limit)
-                if self._end - self._start < length:
-                    self._make_room(length)
-                    break
-                with (
-                    memoryview(self._buffer) as whole,
-                    whole[self._start : self._start + length] as frame,
-                ):
-                    header = decode(self.session, frame)
-                    self._start += length
-                    with frame[HEADER_SIZE:] as payload:
-                        handle(header, payload)
-                if one:
-                    return
-                if self.queued_bytes > self.pause_above_bytes:
-                    await self._drain(self.pause_above_bytes // 2)
+            self._handling = True
+            try:
+                paused = self._handle_frames(handle, one)
+            finally:
+                self._handling = False
+            if self._out and not one and not self.transmit():
+                self.wake_writer()
+            if one and paused:
+                return
+            if paused:
+                await self._drain(self.pause_above_bytes // 2)
+                continue
             if self._start == self._end:
                 self._start = self._end = 0
             elif self._end == len(self._buffer):
                 self._make_room(HEADER_SIZE)
-            with memoryview(self._buffer) as whole, whole[self._end :] as space:
-                received = await self.sock.recv_into(space)
+            try:
+                with memoryview(self._buffer) as whole, whole[self._end :] as space:
+                    received = os.readv(self._fd, (space,))
+            except BlockingIOError:
+                turns = 0
+                await trio.lowlevel.wait_readable(self.sock)
+                continue
             if not received:
                 if self._end > self._start:
                     raise ProtocolError("the peer closed in the middle of a frame")
                 return
             self._end += received
+            turns += 1
+            if turns >= _FAIR_TURNS:
+                turns = 0
+                await trio.lowlevel.checkpoint()
+
+    def _handle_frames(self, handle: Handler, one: bool) -> bool:
+        """Handle the whole frames in the buffer; True if stopped early (`one`, or to drain)."""
+        while self._end - self._start >= HEADER_SIZE:
+            length = frame_length(self._buffer, self._start, self.frame_limit)
+            if self._end - self._start < length:
+                self._make_room(length)
+                break
+            with (
+                memoryview(self._buffer) as whole,
+                whole[self._start : self._start + length] as frame,
+            ):
+                header = decode(self.session, frame)
+                self._start += length
+                with frame[HEADER_SIZE:] as payload:
+                    handle(header, payload)
+            if one or self.queued_bytes > self.pause_above_bytes:
+                return True
+        return False
 
     def _make_room(self, length: int) -> None:
         """Make sure that a frame of `length` (already checked) fits behind `_start`."""
@@ -184,7 +219,9 @@ class Connection:
     def close(self) -> None:
         """Close the socket at once; the reader and writer tasks end with an error."""
         self.closed = True
+        self._fd = -1
         self._drained.set()
+        self._wake.set()
         self.sock.close()
 
 

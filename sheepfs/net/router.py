@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from uuid import uuid4
 
 import trio
@@ -18,7 +19,7 @@ import trio
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState
 from sheepfs.core.errors import ProtocolError, SheepError
 from sheepfs.core.wire import Buffer, Header, Op
-from sheepfs.net.connection import connect
+from sheepfs.net.connection import Connection, connect
 from sheepfs.net.groups import plain_errors
 from sheepfs.net.link import Link, next_request
 
@@ -60,6 +61,8 @@ class Router:
         self._keepers: dict[int, trio.CancelScope] = {}
         self._map_event = trio.Event()
         self._retry = trio.Event()
+        self._output: list[Connection] = []
+        self._output_wanted = trio.Event()
 
     def link(self, node: int) -> Link | None:
         """Give the live link to a node, if there is one."""
@@ -72,6 +75,7 @@ class Router:
             self._nursery = nursery
             self._keep_links()
             nursery.start_soon(self._poll_map)
+            nursery.start_soon(self._pump)
             task_status.started()
 
     def take_map(self, new: ClusterMap) -> None:
@@ -150,6 +154,7 @@ class Router:
             link.close()
             return None
         link.on_map = self.take_encoded
+        connection.on_output = partial(self._send_soon, connection)
         return link
 
     async def _serve(self, link: Link) -> None:
@@ -171,6 +176,26 @@ class Router:
                     del self.links[link.node]
                 link.close()
             nursery.cancel_scope.cancel()
+
+    def _send_soon(self, connection: Connection) -> None:
+        self._output.append(connection)
+        self._output_wanted.set()
+
+    async def _pump(self) -> None:
+        """Send what was queued on any link: one task to wake for a burst to all replicas."""
+        while True:
+            await self._output_wanted.wait()
+            self._output_wanted = trio.Event()
+            connections, self._output = self._output, []
+            for connection in dict.fromkeys(connections):
+                if not connection.closed:
+                    try:
+                        if connection.transmit():
+                            continue
+                    except OSError as error:
+                        log.debug("a link broke: %s", error)
+                    # The writer waits until the kernel takes more, or meets the same error.
+                    connection.wake_writer()
 
     async def _ping(self, link: Link) -> None:
         """Notice a node that went silent: report it while its connection still looks alive."""
