@@ -26,7 +26,7 @@ from sheepfs.core.errors import (
     StaleEpochError,
 )
 from sheepfs.core.geometry import describe_oid, pg_of
-from sheepfs.core.wire import Header, Op
+from sheepfs.core.wire import Header, Op, prepare
 from sheepfs.net.link import Link, next_request
 from sheepfs.net.router import Router
 
@@ -78,10 +78,11 @@ class ObjectReader:
 
         request = next_request()
         link.pending[request] = answer
-        link.connection.send(
-            Op.READ, request, oid=oid, pool=self._pool, pg=pg, epoch=cluster_map.epoch,
-            vdi=self._vdi, token=self.token, offset=offset, span=length,
+        unsealed = prepare(
+            Op.READ, 0, request, cluster_map.epoch, self._vdi, self._pool, pg, self.token, oid,
+            offset, length, 0, 0, 0, 0,
         )  # fmt: skip
+        link.connection.send_frame(unsealed.seal(link.session))
 
     async def _read_slowly(self, oid: int, offset: int, length: int, done: ReadDone) -> None:
         done(0, (await self.fetch(oid, offset, length),))

@@ -25,7 +25,7 @@ from sheepfs.core.errors import CorruptError, DiskError, RecoveringError, SheepE
 from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
 from sheepfs.core.wire import FLAG_CREATE, HEADER_SIZE, Buffer, Header, Op
 from storaged.logic.catchup import Fresh
-from storaged.logic.gate import Refusal, Role, check_epoch, check_token, check_write_token
+from storaged.logic.gate import Gate, Refusal, Role, check_token, check_write_token
 from storaged.store.entry import CORRUPT
 from storaged.store.objects import ObjectStore
 
@@ -88,6 +88,7 @@ class Replica:
         self.node = node
         self.incarnation = incarnation
         self.map = ClusterMap(0, "")
+        self.gate = Gate(self.map, node, incarnation)
         self.tokens = store.tokens()
         self.fresh = Fresh()
         self.counters = Counters()
@@ -122,6 +123,7 @@ class Replica:
     def set_map(self, cluster_map: ClusterMap) -> None:
         """Take a newer map."""
         self.map = cluster_map
+        self.gate = Gate(cluster_map, self.node, self.incarnation)
         for pool, pgs in cluster_map.pools.items():
             for pg, group in enumerate(pgs):
                 if self.node not in group.joining:
@@ -170,17 +172,6 @@ class Replica:
             return 0
         return entry.version if entry else 0
 
-    def _gate(self, header: Header) -> Role:
-        me = self.map.nodes.get(self.node)
-        if me is None or me.incarnation != self.incarnation:
-            # A restarted node must not act on what the map says of its former self (I8).
-            raise Refusal(Status.BUSY, f"node {self.node} has just started and is not in the map")
-        return check_epoch(header, self.map, self.node)
-
-    def _gate_sync(self, header: Header) -> None:
-        if self._gate(header) is not Role.SYNC:
-            raise Refusal(Status.NOT_MEMBER, f"node {self.node} has not caught up yet")
-
     # -- holding objects --------------------------------------------------------------------
 
     def hold(self, oid: int) -> None:
@@ -226,7 +217,7 @@ class Replica:
 
     def _read(self, client: Client, header: Header, payload: Buffer) -> None:
         check_token(header, self.tokens)
-        self._gate_sync(header)
+        self.gate.check_sync(header)
         check_range(header)
         try:
             data = self.store.read(header.oid, header.offset, header.span, wait=False)
@@ -307,10 +298,12 @@ class Replica:
 
     def _change(self, client: Client, header: Header, payload: Buffer) -> None:
         check_write_token(header, self.tokens)
-        role = self._gate(header)
+        role = self.gate.check(header)
         check_range(header)
         oid = header.oid
         entry = self.store.get(oid)
+        if entry is None:
+            self.gate.check_object(header)
         create = bool(header.flags & FLAG_CREATE) and header.op == Op.WRITE
         if create and not (entry and entry.version >= header.version and not entry.suspect):
             pass
@@ -426,7 +419,7 @@ class Replica:
 
     def _stat(self, client: Client, header: Header, payload: Buffer) -> None:
         check_token(header, self.tokens)
-        self._gate_sync(header)
+        self.gate.check_sync(header)
         entry = self.store.get(header.oid)
         if entry is None:
             raise Refusal(Status.NOT_FOUND, f"{describe_oid(header.oid)} is not here")
@@ -456,12 +449,12 @@ class Replica:
 
     def _extents(self, client: Client, header: Header, payload: Buffer) -> None:
         check_token(header, self.tokens)
-        self._gate_sync(header)
+        self.gate.check_sync(header)
         client.reply(header, self.store.extents(header.oid))
 
     def _pull(self, client: Client, header: Header, payload: Buffer) -> None:
         """A peer sends the hashes of its blocks and gets those that differ."""
-        self._gate_sync(header)
+        self.gate.check_sync(header)
         if len(payload) != HASH_TABLE_SIZE:
             raise Refusal(Status.BAD_REQUEST, "a pull carries 8192 bytes of block hashes")
         entry = self.store.get(header.oid)
@@ -487,7 +480,8 @@ class Replica:
     def _repair(self, client: Client, header: Header, payload: Buffer) -> None:
         """A holder found this copy missing, bad or behind: level it with node `span` (0: any)."""
         check_token(header, self.tokens)
-        self._gate(header)
+        self.gate.check(header)
+        self.gate.check_object(header)
         self.hold(header.oid)
         self._nursery.start_soon(self._repair_for, client, header)
 
@@ -510,7 +504,7 @@ class Replica:
         if header.pool == 0:
             client.reply(header, json.dumps(self.tokens).encode())
             return
-        self._gate_sync(header)
+        self.gate.check_sync(header)
         found = self.store.list(header.pool, header.pg, len(self.map.pools[header.pool]))
         rows = [[o.oid, o.version, o.lineage, int(o.suspect)] for o in found]
         client.reply(header, json.dumps(rows, separators=(",", ":")).encode())
@@ -549,4 +543,6 @@ def check_range(header: Header) -> None:
 
 def as_buffer(data: Buffer | Sequence[Buffer]) -> Buffer:
     """Join what the store gave in pieces."""
-    return b"".join(data) if isinstance(data, list | tuple) else data  # type: ignore[return-value]
+    if isinstance(data, list | tuple):
+        return data[0] if len(data) == 1 else b"".join(data)
+    return data  # type: ignore[return-value]

@@ -49,7 +49,12 @@ class ClientConnection:
         self, header: Header, payload: Buffer = b"", status: Status = Status.OK, **fields: int
     ) -> None:
         """Queue the reply to a request."""
-        self.connection.send(header.op | REPLY, header.request, payload, status=status, **fields)
+        if status or fields:
+            self.connection.send(
+                header.op | REPLY, header.request, payload, status=status, **fields
+            )
+        else:
+            self.connection.reply(header.op, header.request, payload)
 
     def reply_json(self, header: Header, content: Any) -> None:
         """Queue a reply whose payload is JSON."""

@@ -31,6 +31,7 @@ from sheepfs.core.wire import (
     Op,
     decode,
     encode,
+    encode_reply,
     frame_length,
 )
 
@@ -81,6 +82,10 @@ class Connection:
         self.queued_bytes += HEADER_SIZE + len(payload)
         if not self._handling:
             self.on_output()
+
+    def reply(self, op: int, request: int, payload: Buffer = b"") -> None:
+        """Queue the reply "OK" to request number `request` of operation `op`."""
+        self.send_frame(encode_reply(self.session, op, request, payload), payload)
 
     def send_json(self, op: int, request: int, content: Any, **fields: int) -> None:
         """Queue a frame whose payload is JSON."""
@@ -186,19 +191,16 @@ class Connection:
 
     def _handle_frames(self, handle: Handler, one: bool) -> bool:
         """Handle the whole frames in the buffer; True if stopped early (`one`, or to drain)."""
+        whole = memoryview(self._buffer)
         while self._end - self._start >= HEADER_SIZE:
             length = frame_length(self._buffer, self._start, self.frame_limit)
             if self._end - self._start < length:
                 self._make_room(length)
                 break
-            with (
-                memoryview(self._buffer) as whole,
-                whole[self._start : self._start + length] as frame,
-            ):
-                header = decode(self.session, frame)
-                self._start += length
-                with frame[HEADER_SIZE:] as payload:
-                    handle(header, payload)
+            frame = whole[self._start : self._start + length]
+            header = decode(self.session, frame)
+            self._start += length
+            handle(header, frame[HEADER_SIZE:])
             if one or self.queued_bytes > self.pause_above_bytes:
                 return True
         return False

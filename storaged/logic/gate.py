@@ -46,31 +46,62 @@ def check_write_token(header: Header, tokens: Mapping[int, int]) -> None:
     check_token(header, tokens)
 
 
-def check_epoch(header: Header, cluster_map: ClusterMap, node: int) -> Role:
-    """Give this node's role for the request's placement group, or refuse.
+class Gate:
+    """This node's roles in one epoch, looked up for every request.
 
-    Raises:
-        Refusal: STALE_EPOCH when the group changed after the sender's epoch; BUSY when the
-            sender knows a newer map than this node (it must see that one first); NOT_MEMBER;
-            BAD_REQUEST for a pool or group that is not there or is not the object's.
+    Args:
+        incarnation: this run's; while the map names a former run, nothing passes: a restarted
+            node must not act on what the map says of its former self (I8).
     """
-    pgs = cluster_map.pools.get(header.pool)
-    if header.epoch > cluster_map.epoch:
-        raise Refusal(Status.BUSY, f"this node only knows epoch {cluster_map.epoch}")
-    if pgs is None or header.pg >= len(pgs):
-        raise Refusal(Status.BAD_REQUEST, f"there is no group {header.pg} in pool {header.pool}")
-    if header.oid and pg_of(header.oid, len(pgs)) != header.pg:
-        raise Refusal(Status.BAD_REQUEST, f"object {header.oid:016x} is not of group {header.pg}")
-    group = pgs[header.pg]
-    if header.epoch < group.changed:
-        raise Refusal(Status.STALE_EPOCH, f"group {header.pg} changed in epoch {group.changed}")
-    return role_of(group, node, header.pg)
+
+    def __init__(self, cluster_map: ClusterMap, node: int, incarnation: int) -> None:
+        self._epoch = cluster_map.epoch
+        known = cluster_map.nodes.get(node)
+        self._is_known = known is not None and known.incarnation == incarnation
+        self._groups: dict[int, list[tuple[int, Role | None]]] = {
+            pool: [(group.changed, _role_of(group, node)) for group in groups]
+            for pool, groups in cluster_map.pools.items()
+        }
+
+    def check(self, header: Header) -> Role:
+        """Give this node's role for the request's placement group, or refuse.
+
+        Raises:
+            Refusal: STALE_EPOCH when the group changed after the sender's epoch; BUSY when the
+                sender knows a newer map than this node (it must see that one first), or this run
+                is not in the map yet; NOT_MEMBER; BAD_REQUEST for a group that is not there.
+        """
+        epoch = header.epoch
+        if not self._is_known:
+            raise Refusal(Status.BUSY, "this node has just started and is not in the map")
+        if epoch > self._epoch:
+            raise Refusal(Status.BUSY, f"this node only knows epoch {self._epoch}")
+        try:
+            changed, role = self._groups[header.pool][header.pg]
+        except (KeyError, IndexError):
+            raise Refusal(
+                Status.BAD_REQUEST, f"there is no group {header.pg} in pool {header.pool}"
+            ) from None
+        if epoch < changed:
+            raise Refusal(Status.STALE_EPOCH, f"group {header.pg} changed in epoch {changed}")
+        if role is None:
+            raise Refusal(Status.NOT_MEMBER, f"this node is not a member of group {header.pg}")
+        return role
+
+    def check_sync(self, header: Header) -> None:
+        """Like `check`, and only a member that has everything passes."""
+        if self.check(header) is not Role.SYNC:
+            raise Refusal(Status.NOT_MEMBER, "this node has not caught up yet")
+
+    def check_object(self, header: Header) -> None:
+        """Refuse an object that is not of the group that the request names."""
+        if pg_of(header.oid, len(self._groups[header.pool])) != header.pg:
+            raise Refusal(
+                Status.BAD_REQUEST, f"object {header.oid:016x} is not of group {header.pg}"
+            )
 
 
-def role_of(group: PlacementGroup, node: int, pg: int) -> Role:
-    """Give this node's role in a group, or refuse with NOT_MEMBER."""
+def _role_of(group: PlacementGroup, node: int) -> Role | None:
     if node in group.sync:
         return Role.SYNC
-    if node in group.joining:
-        return Role.JOINING
-    raise Refusal(Status.NOT_MEMBER, f"this node is not a member of group {pg}")
+    return Role.JOINING if node in group.joining else None
