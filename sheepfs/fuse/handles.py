@@ -172,6 +172,9 @@ class Handles:
         """
         if node.attached:
             return
+        # A last handle may just be letting the VDI go: attached before that has ended, the
+        # volume would be let go under our feet.
+        await self.wait_closed(node.id)
         async with node.gate:
             if node.attached:
                 return

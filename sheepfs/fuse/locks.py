@@ -101,6 +101,20 @@ class LockTable:
         return changed
 
 
+def means_to_write(wanted: Lock, table: LockTable) -> bool:
+    """Tell whether the owner is a QEMU that locks the bytes of writing or resizing, or did before.
+
+    It locks them through a read-only file first and opens for writing only then.
+    """
+    mine = [wanted, *(lock for lock in table.held if lock.owner == wanted.owner)]
+    return any(
+        lock.overlaps(byte, byte)
+        for lock in mine
+        if any(lock.start in span and lock.end in span for span in _QEMU_RANGES)
+        for byte in _QEMU_WRITER[:2]
+    )
+
+
 _QEMU_RANGES = (range(100, 104), range(200, 204))
 _QEMU_WRITER = (101, 103, 201, 203)
 

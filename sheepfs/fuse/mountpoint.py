@@ -60,16 +60,16 @@ def check(mountpoint: str) -> str:
         path = os.path.join(parent, os.path.basename(absolute))
     else:
         path = os.path.realpath(absolute)
+    if is_dead(path):
+        log.warning("%s has a mount whose process is gone; detaching it", path)
+        unmount(path)
+        return check(path)
     try:
         status = os.stat(path)
     except FileNotFoundError:
         raise UsageError(f"mount point {mountpoint} does not exist") from None
     except OSError as error:
-        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
-            raise UsageError(f"mount point {mountpoint}: {error.strerror}") from error
-        log.warning("%s has a mount whose process is gone; detaching it", path)
-        unmount(path)
-        return check(path)
+        raise UsageError(f"mount point {mountpoint}: {error.strerror}") from error
     if not stat.S_ISDIR(status.st_mode):
         raise UsageError(f"mount point {mountpoint} is not a directory")
     if _mount_type(path) == FSTYPE:
@@ -80,7 +80,8 @@ def check(mountpoint: str) -> str:
 def is_dead(mountpoint: str) -> bool:
     """Tell whether there is a mount whose process is gone or has lost the kernel."""
     try:
-        os.stat(mountpoint)
+        # Not stat(2), which for a second after the process's end gives what the kernel remembers.
+        os.close(os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

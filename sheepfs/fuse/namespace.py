@@ -14,9 +14,9 @@ import itertools
 import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 
@@ -38,14 +38,14 @@ T = TypeVar("T")
 
 
 def _replies(
-    method: Callable[Concatenate[Directory, P], Awaitable[T]],
-) -> Callable[Concatenate[Directory, P], Awaitable[T]]:
+    method: Callable[P, Coroutine[Any, Any, T]],
+) -> Callable[P, Coroutine[Any, Any, T]]:
     """Turn every error of a handler into the errno that the program sees."""
 
     @wraps(method)
-    async def handler(self: Directory, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def handler(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await method(self, *args, **kwargs)
+            return await method(*args, **kwargs)
         except pyfuse3.FUSEError:
             raise
         except UsageError as error:

@@ -31,7 +31,6 @@ class Op(IntEnum):
     """Operations that the mount must know by name."""
 
     FORGET = 2
-    LINK = 13
     OPEN = 14
     READ = 15
     WRITE = 16
@@ -125,7 +124,7 @@ _INIT_IN_FLAGS = struct.Struct("<IIII")
 """major, minor, max_readahead, flags."""
 _INIT_OUT = struct.Struct("<IIIIHHIIHHI")
 """major, minor, max_readahead, flags, max_background, congestion, max_write, time_gran,
-max_pages, map_alignment, flags2; 24 unused bytes follow."""
+max_pages, map_alignment, flags2; 28 unused bytes follow."""
 
 
 class Fallocate(NamedTuple):

@@ -24,7 +24,7 @@ from sheepfs.core.geometry import MAX_VDI_SIZE
 from sheepfs.core.wire import Buffer
 from sheepfs.fuse import protocol
 from sheepfs.fuse.handles import Handle, Handles, Node, code_of
-from sheepfs.fuse.locks import Lock, foreign_conflict
+from sheepfs.fuse.locks import Lock, foreign_conflict, means_to_write
 from sheepfs.fuse.protocol import FallocateMode, LockType, Op, Seek
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,9 @@ class Requests:
             Op.SETLK: lambda u, r: self._start_lock(u, bytes(r), wait=False),
             Op.SETLKW: lambda u, r: self._start_lock(u, bytes(r), wait=True),
             # The kernel remembers ENOSYS and copies with reads and writes from then on.
-            Op.COPY_FILE_RANGE: lambda u, r: self.fail(u, errno.ENOSYS),
-            Op.COPY_FILE_RANGE_64: lambda u, r: self.fail(u, errno.ENOSYS),
-            Op.IOCTL: lambda u, r: self.fail(u, errno.ENOTTY),
+            Op.COPY_FILE_RANGE: lambda u, r: self.finish(u, errno.ENOSYS),
+            Op.COPY_FILE_RANGE_64: lambda u, r: self.finish(u, errno.ENOSYS),
+            Op.IOCTL: lambda u, r: self.finish(u, errno.ENOTTY),
         }
 
     # -- replies --------------------------------------------------------------------------------
@@ -152,14 +152,13 @@ class Requests:
         data = bytes(request[protocol.WRITE_DATA :])
         node = handle.node
 
-        def done(code: int) -> None:
+        def replied(code: int) -> None:
             if code:
                 self.fail(unique, code)
             else:
                 self.send((protocol.encode_written(unique, size),))
 
-        if flags & _O_DSYNC:
-            done = _flush_between(node, done)
+        done = _flush_between(node, replied) if flags & _O_DSYNC else replied
         if node.attached:
             node.volume.write(offset, data, done)
             return
@@ -260,12 +259,11 @@ class Requests:
 
     # -- locks ----------------------------------------------------------------------------------
 
-    async def _held_elsewhere(self, handle: Handle) -> bool:
+    async def _held_elsewhere(self, node: Node) -> bool:
         """Try to attach for a lock; True if another mount is the writer.
 
         Cancellation: ends the waiting only; the attach itself goes on in a task of its own.
         """
-        node = handle.node
         if node.attached:
             return False
         tried = trio.Event()
@@ -288,7 +286,8 @@ class Requests:
         node = handle.node
         wanted = _lock_of(request)
         blocker = node.locks.conflict(wanted)
-        if blocker is None and node.held_elsewhere and await self._held_elsewhere(handle):
+        writes = handle.writable or means_to_write(wanted, node.locks)
+        if blocker is None and node.held_elsewhere and writes and await self._held_elsewhere(node):
             blocker = foreign_conflict(wanted)
         if blocker is None:
             return protocol.pack_lock(request.start, request.end, LockType.UNLOCK, 0)
@@ -332,7 +331,8 @@ class Requests:
     async def _acquire(self, handle: Handle, wanted: Lock, *, wait: bool) -> int:
         node = handle.node
         while True:
-            foreign = handle.writable and await self._held_elsewhere(handle)
+            writes = handle.writable or means_to_write(wanted, node.locks)
+            foreign = writes and await self._held_elsewhere(node)
             blocker = foreign_conflict(wanted) if foreign else None
             if blocker is None:
                 blocker = node.locks.acquire(wanted)

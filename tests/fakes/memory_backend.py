@@ -2,6 +2,9 @@
 
 Several `MemoryNamespace` of one `MemoryCluster` are several mounts of it. `journal` records what
 reached the "cluster" so that tests can see, say, that a flush came before an O_SYNC write's reply.
+
+Names choose misfortunes: `held…` another mount holds it, `stall…` reads never end, `stuck…` it
+never detaches, `bad…` reads and flushes fail (EIO), `full…` writes fail (ENOSPC).
 """
 
 from __future__ import annotations
@@ -155,6 +158,8 @@ class MemoryVolume:
 
     async def detach(self) -> None:
         await self._namespace.round_trip()
+        if self.name.startswith("stuck"):
+            await trio.sleep_forever()
         if self.vdi.holder is self._namespace:
             if self._dirty:
                 self._journal(f"flush {self.name}")

@@ -2,7 +2,7 @@
 
 Environment: MEMORY_JOURNAL, a file that gets a line for each thing that reaches the "cluster";
 MEMORY_VDIS, names to start with, separated by commas (`name*2000` makes 2,000 of them);
-MEMORY_AT_ONCE=1, I/O completes before its call returns.
+MEMORY_AT_ONCE=1, I/O completes before its call returns; MEMORY_PID, a file for the process id.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fakes.memory_backend import MemoryCluster, MemoryNamespace, memory_namespace
 from sheepfs.core.errors import UnreachableError
@@ -21,6 +22,8 @@ from sheepfs.mount import main
 async def connect(etcd: str, cluster: str, owner: str) -> AsyncIterator[MemoryNamespace]:
     if cluster == "unreachable":
         raise UnreachableError(f"etcd {etcd} does not answer")
+    if pid_file := os.environ.get("MEMORY_PID"):
+        Path(pid_file).write_text(str(os.getpid()))
     path = os.environ.get("MEMORY_JOURNAL")
     if path:
         journal = open(path, "a", buffering=1)  # noqa: SIM115
