@@ -55,6 +55,7 @@ def test_fio_sees_no_error_and_no_long_stall_while_a_daemon_is_killed_and_restar
             wait_for(lambda: mounted.status()["verdict"] != "ok", 10, f"node {number} to be missed")
             mounted.cluster.start_node(number)
             mounted.wait_healthy()
+        assert fio.poll() is None, "fio was done before the last kill"
         assert_fio_was_well(fio, runtime_s * 3 + 120)
     finally:
         fio.kill()
