@@ -21,14 +21,13 @@ from sheepfs.core.metadata import check_cluster_name
 from sheepfs.fuse import daemon
 from sheepfs.fuse import mountpoint as mountpoints
 from sheepfs.fuse.session import serve
+from sheepfs.service import DEFAULT_CLUSTER, DEFAULT_ETCD, calm_garbage_collector
 
 log = logging.getLogger(__name__)
 
 Connect = Callable[[str, str, str], AbstractAsyncContextManager[Namespace]]
 """(etcd address, cluster, owner) -> the cluster's namespace."""
 
-DEFAULT_ETCD = "127.0.0.1:2379"
-DEFAULT_CLUSTER = "default"
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 DESCRIPTION = """\
@@ -221,6 +220,7 @@ async def _mounted(
         log.info(
             "cluster %s of etcd %s is mounted at %s", settings.cluster, settings.etcd, mountpoint
         )
+        calm_garbage_collector()
         ready()
 
     async with trio.open_nursery() as nursery:

@@ -14,7 +14,7 @@ import trio
 from sheepfs.core.errors import SheepError, UsageError
 from sheepfs.core.metadata import check_cluster_name
 from sheepfs.net.groups import plain_errors
-from sheepfs.service import add_cluster_options, notify, setup_logging
+from sheepfs.service import add_cluster_options, calm_garbage_collector, notify, setup_logging
 from storaged.daemon import Daemon, Options
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ def _raise_open_files() -> None:
 
 def _ready(line: str) -> None:
     log.info("%s", line)
+    calm_garbage_collector()
     notify(f"READY=1\nSTATUS={line}")
 
 

@@ -43,6 +43,10 @@ class Client(Protocol):
         """Queue the reply to a request."""
         ...
 
+    def acknowledge(self, header: Header) -> None:
+        """Reply OK to a change."""
+        ...
+
     def hold(self, size_bytes: int) -> None:
         """Count memory held for the client."""
         ...
@@ -321,7 +325,7 @@ class Replica:
             self._when_trusted(client, header, payload)
             return
         elif entry.version >= header.version:
-            client.reply(header, version=entry.version)
+            client.acknowledge(header)
             return
         elif entry.version != header.prev:
             client.reply(
@@ -340,7 +344,7 @@ class Replica:
         self._apply(header, payload, create)
         if role is Role.JOINING:
             self.fresh_of(header.pool, header.pg).add(oid)
-        client.reply(header)
+        client.acknowledge(header)
 
     def _apply(self, header: Header, payload: Buffer, create: bool) -> None:
         if header.op == Op.WRITE:

@@ -13,6 +13,7 @@ import json
 import logging
 import secrets
 import socket as stdlib_socket
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -44,17 +45,36 @@ class ClientConnection:
         self.wants_maps = False
         self.last_request = 0
         self.hold = connection.hold
+        self._acks: list[int] = []
+        connection.on_handled = self.send_acks
 
     def reply(
         self, header: Header, payload: Buffer = b"", status: Status = Status.OK, **fields: int
     ) -> None:
         """Queue the reply to a request."""
+        if status:
+            # Replies to changes of one object must come in order.
+            self.send_acks()
         if status or fields:
             self.connection.send(
                 header.op | REPLY, header.request, payload, status=status, **fields
             )
         else:
             self.connection.reply(header.op, header.request, payload)
+
+    def acknowledge(self, header: Header) -> None:
+        """Reply OK to a change; changes that came together share one frame."""
+        if self.connection.handling:
+            self._acks.append(header.request)
+        else:
+            self.connection.reply(header.op, header.request)
+
+    def send_acks(self) -> None:
+        """Send the acknowledgements collected so far."""
+        if self._acks:
+            payload = struct.pack(f"<{len(self._acks)}I", *self._acks)
+            self._acks.clear()
+            self.connection.reply(Op.ACKS, 0, payload)
 
     def reply_json(self, header: Header, content: Any) -> None:
         """Queue a reply whose payload is JSON."""

@@ -64,6 +64,7 @@ class Op(IntEnum):
     JOINED = 16
     STATUS = 17
     RECLAIM = 18
+    ACKS = 19
 
 
 class Header(NamedTuple):
@@ -127,6 +128,15 @@ def encode_reply(session: int, op: int, request: int, payload: Buffer) -> bytes:
     if payload:
         seed ^= xxh3_64_intdigest(payload)
     return start + xxh3_64_intdigest(rest, seed).to_bytes(8, "little") + rest
+
+
+_ACK_START = (HEADER_SIZE, Op.ACKS | REPLY, 0, 0, 0)
+_ACK_REST = (0,) * 10
+
+
+def acknowledged(request: int) -> Header:
+    """Give the header that a plain reply "OK" to request number `request` would have had."""
+    return Header._make((*_ACK_START, request, *_ACK_REST))
 
 
 class Unsealed(NamedTuple):

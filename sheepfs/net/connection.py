@@ -59,6 +59,10 @@ class Connection:
         self.pause_above_bytes = 1 << 62
         """Stop reading while more is held: bounds the memory that a peer can take."""
         self.closed = False
+        self.handling = False
+        """Frames that came together are being handled; what is queued goes out behind them."""
+        self.on_handled: Callable[[], None] | None = None
+        """Called when all of them are handled."""
         self.on_output: Callable[[], None] = self.wake_writer
         """Called when output is queued: by default the writer task sends it."""
         self._fd = sock.fileno()
@@ -66,7 +70,8 @@ class Connection:
         self._start = 0
         self._end = 0
         self._out: list[Buffer] = []
-        self._handling = False
+        self._announced = False
+        """`on_output` was called and nothing was sent since."""
         self._wake = trio.Event()
         self._drained = trio.Event()
 
@@ -80,7 +85,8 @@ class Connection:
         if payload:
             self._out.append(payload)
         self.queued_bytes += HEADER_SIZE + len(payload)
-        if not self._handling:
+        if not self.handling and not self._announced:
+            self._announced = True
             self.on_output()
 
     def reply(self, op: int, request: int, payload: Buffer = b"") -> None:
@@ -125,6 +131,7 @@ class Connection:
         Raises OSError: the connection broke.
         """
         out = self._out
+        self._announced = False
         try:
             while out:
                 vector = out[:_MAX_IOVECS]
@@ -156,11 +163,13 @@ class Connection:
         """
         turns = 0
         while True:
-            self._handling = True
+            self.handling = True
             try:
                 paused = self._handle_frames(handle, one)
+                if self.on_handled:
+                    self.on_handled()
             finally:
-                self._handling = False
+                self.handling = False
             if self._out and not one and not self.transmit():
                 self.wake_writer()
             if one and paused:

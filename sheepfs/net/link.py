@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import count
@@ -18,7 +19,7 @@ from uuid import uuid4
 import trio
 
 from sheepfs.core.errors import ProtocolError, Status, UnreachableError, error_for
-from sheepfs.core.wire import REPLY, Buffer, Header, Op
+from sheepfs.core.wire import REPLY, Buffer, Header, Op, acknowledged
 from sheepfs.net.connection import Connection, Greeting, connect
 from sheepfs.net.groups import plain_errors
 
@@ -28,6 +29,11 @@ Answer = Callable[["Link", Header | None, memoryview | None], None]
 _numbers = count(1)
 """Request numbers: one sequence for the process, so that one number can name one write on all
 its links."""
+
+
+_ACKS = Op.ACKS | REPLY
+_NUMBER = struct.Struct("<I")
+_NOTHING = memoryview(b"")
 
 
 def next_request() -> int:
@@ -68,6 +74,13 @@ class Link:
             await self.connection.run_writer()
 
     def _handle(self, header: Header, payload: memoryview) -> None:
+        if header.op == _ACKS:
+            if len(payload) % 4:
+                raise ProtocolError("acknowledgements that are no list of numbers")
+            for (number,) in _NUMBER.iter_unpack(payload):
+                if answer := self.pending.pop(number, None):
+                    answer(self, acknowledged(number), _NOTHING)
+            return
         answer = self.pending.pop(header.request, None)
         if answer is not None:
             answer(self, header, payload)
