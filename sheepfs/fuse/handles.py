@@ -108,6 +108,13 @@ class Handles:
         self.by_fh[handle.fh] = handle
         return handle
 
+    def get(self, fh: int) -> Handle:
+        """Give an open handle. Raises OSError (EBADF) if there is none of that number."""
+        handle = self.by_fh.get(fh)
+        if handle is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return handle
+
     def release(self, fh: int) -> None:
         """Forget a handle at once, drop its locks, and close the volume in a task."""
         handle = self.by_fh.pop(fh, None)

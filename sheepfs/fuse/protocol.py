@@ -10,7 +10,6 @@ Source: include/uapi/linux/fuse.h, protocol 7.31 to 7.45; fields are host-endian
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
@@ -230,14 +229,6 @@ def encode_reply(unique: int, payload: Buffer = b"") -> bytes:
 def encode_error(unique: int, code: int) -> bytes:
     """Give a reply that fails with errno `code` (0: succeeds with no payload)."""
     return OUT_HEADER.pack(OUT_HEADER_SIZE, -code, unique)
-
-
-def encode_read(unique: int, buffers: Sequence[Buffer]) -> list[Buffer]:
-    """Give the parts of a READ reply, the data uncopied."""
-    size = OUT_HEADER_SIZE
-    for part in buffers:
-        size += len(part)
-    return [OUT_HEADER.pack(size, 0, unique), *buffers]
 
 
 _WRITTEN = struct.Struct("<IiQII")

@@ -26,6 +26,7 @@ from sheepfs.core.errors import ProtocolError
 from sheepfs.fuse import protocol
 from sheepfs.fuse.handles import Handles
 from sheepfs.fuse.protocol import InitFlag, Op
+from sheepfs.fuse.replies import Replies
 from sheepfs.fuse.requests import Requests
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ class Tap:
         self._handles = handles
         self._nursery = nursery
         self._ready = ready
-        self.requests = Requests(device, handles, nursery)
+        self._replies = Replies(device, nursery)
+        self._requests = Requests(self._replies, handles, nursery)
         self._socket = libfuse
         self._queue: deque[bytes] = deque()
         self._queued = trio.Event()
@@ -107,7 +109,7 @@ class Tap:
         device = self._device
         readv = os.readv
         header = protocol.IN_HEADER.unpack_from
-        answers = self.requests.answers
+        answers = self._requests.answers
         burst = 0
         while True:
             try:
@@ -133,7 +135,7 @@ class Tap:
                     answer(unique, view[:size])
                 except (ProtocolError, struct.error) as error:
                     log.error("request %d of the kernel: %s", op, error)
-                    self.requests.fail(unique, errno.EINVAL)
+                    self._replies.fail(unique, errno.EINVAL)
             burst += 1
             if burst >= BURST:
                 burst = 0
@@ -181,13 +183,13 @@ class Tap:
             await self._queued.wait()
 
     def _interrupt(self, unique: int) -> None:
-        if not self.requests.interrupt(unique):
+        if not self._requests.locks.interrupt(unique):
             self._nursery.start_soon(self._fail_if_stalled, unique)
 
     async def _fail_if_stalled(self, unique: int) -> None:
         await trio.sleep(INTERRUPT_GRACE_S)
         # The kernel knows whether the request is still open: we keep no list of them.
-        if self.requests.fail(unique, errno.EINTR):
+        if self._replies.fail(unique, errno.EINTR):
             log.warning("a program was interrupted in a request that makes no progress")
 
     # -- libfuse -> kernel ----------------------------------------------------------------------
@@ -212,16 +214,16 @@ class Tap:
             elif op == Op.INIT:
                 reply = bytearray(view[:size])
                 protocol.amend_init(reply, self._offered)
-                self.requests.send((reply,))
+                self._replies.send((reply,))
                 self._ready()
             else:
-                self.requests.send((view[:size],))
+                self._replies.send((view[:size],))
                 if op in _READDIRS:
                     self._next_readdir()
 
     def _reply_open(self, op: int, reply: bytearray) -> None:
         opened = protocol.amend_open(reply, op)
-        if not self.requests.send((reply,)) and opened is not None:
+        if not self._replies.send((reply,)) and opened is not None:
             # Interrupted meanwhile: no RELEASE will come for this handle.
             self._handles.release(opened.fh)
 

@@ -26,6 +26,8 @@ def shared_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountProc
     if not can_mount():
         pytest.skip("/dev/fuse cannot be opened")
     mount = MountProcess(tmp_path_factory.mktemp("mount"))
-    mount.start(MEMORY_VDIS="held.raw,stall.raw,bad.raw,full.raw")
-    yield mount
-    mount.clean_up()
+    try:
+        mount.start(MEMORY_VDIS="held.raw,stall.raw,bad.raw,full.raw")
+        yield mount
+    finally:
+        mount.clean_up()

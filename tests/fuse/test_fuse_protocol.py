@@ -65,8 +65,9 @@ def test_replies() -> None:
     assert (
         protocol.encode_written(6, 4096).hex() == "180000000000000006000000000000000010000000000000"
     )
-    parts = protocol.encode_read(6, [b"ab", memoryview(b"cde")])
-    assert b"".join(parts).hex() == "150000000000000006000000000000006162636465"
+    assert protocol.encode_reply(6, b"abcde").hex() == (
+        "150000000000000006000000000000006162636465"
+    )
     assert protocol.encode_reply(6, protocol.pack_offset(4096)).hex() == (
         "180000000000000006000000000000000010000000000000"
     )
@@ -137,12 +138,6 @@ def test_any_lock_request_round_trips(
 ) -> None:
     raw = request(Op.SETLK, struct.pack("<QQQQIIII", fh, owner, start, end, kind, pid, 0, 0))
     assert protocol.decode_lock(raw) == (fh, owner, start, end, kind, pid)
-
-
-@given(st.integers(0, 2**63), st.lists(st.binary(max_size=50), max_size=5))
-def test_read_reply_tells_its_length(unique: int, parts: list[bytes]) -> None:
-    raw = b"".join(protocol.encode_read(unique, parts))
-    assert struct.unpack_from("<IiQ", raw) == (len(raw), 0, unique)
 
 
 @given(st.binary(max_size=120))
