@@ -285,3 +285,6 @@ def test_two_thousand_files_list_in_under_a_second(unmounted: MountProcess) -> N
     assert len(lines) == 2001
     assert len({line.split()[-1] for line in lines[1:]}) == 2000
     assert duration_s < 1.0
+    # Many at once fill the socket to libfuse, whose thread is the mount's own: no deadlock.
+    listings = [unmounted.popen("ls", "-l") for _ in range(12)]
+    assert {len(ls.communicate(timeout=20)[0].splitlines()) for ls in listings} == {2001}
