@@ -37,7 +37,9 @@ from sheepfs.core.wire import (
 
 Handler = Callable[[Header, memoryview], None]
 
-_INITIAL_BUFFER = 256 << 10
+_FIRST_BUFFER = 8 << 10
+_BATCH_BUFFER = 512 << 10
+"""The receive buffer starts small (pings come and go) and doubles up to this while reads fill it."""
 _SOCKET_BUFFER = 2 << 20
 _MAX_IOVECS = 512
 _FAIR_TURNS = 8
@@ -66,7 +68,7 @@ class Connection:
         self.on_output: Callable[[], None] = self.wake_writer
         """Called when output is queued: by default the writer task sends it."""
         self._fd = sock.fileno()
-        self._buffer = bytearray(_INITIAL_BUFFER)
+        self._buffer = bytearray(_FIRST_BUFFER)
         self._start = 0
         self._end = 0
         self._out: list[Buffer] = []
@@ -193,6 +195,8 @@ class Connection:
                     raise ProtocolError("the peer closed in the middle of a frame")
                 return
             self._end += received
+            if self._end == len(self._buffer) < _BATCH_BUFFER:
+                self._grow(2 * len(self._buffer))
             turns += 1
             if turns >= _FAIR_TURNS:
                 turns = 0
@@ -220,11 +224,16 @@ class Connection:
             return
         have = self._end - self._start
         if length > len(self._buffer):
-            grown = bytearray(min(MAX_FRAME, max(length, 2 * len(self._buffer))))
-            grown[:have] = memoryview(self._buffer)[self._start : self._end]
-            self._buffer = grown
+            self._grow(min(MAX_FRAME, max(length, 2 * len(self._buffer))))
         else:
             self._buffer[:have] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, have
+
+    def _grow(self, size: int) -> None:
+        have = self._end - self._start
+        grown = bytearray(size)
+        grown[:have] = memoryview(self._buffer)[self._start : self._end]
+        self._buffer = grown
         self._start, self._end = 0, have
 
     def close(self) -> None:
