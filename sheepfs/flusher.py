@@ -32,6 +32,7 @@ class Flusher:
 
     Args:
         save: puts size and map objects in etcd if they changed.
+        is_saved: tells whether that has nothing to do.
     """
 
     def __init__(
@@ -41,14 +42,18 @@ class Flusher:
         replicator: Replicator,
         vdi_map: VdiMap,
         save: Callable[[], Awaitable[None]],
+        is_saved: Callable[[], bool],
     ) -> None:
         self._name = name
         self._layer = layer
         self._replicator = replicator
         self._map = vdi_map
         self._save = save
+        self._is_saved = is_saved
         self._waiters: list[Completed] = []
         self._wanted = trio.Event()
+        self._busy = False
+        """A flush is under way: who asks now waits for the next one."""
         self._unreported = 0
         self.discarded: dict[int, int] = {}
         """Objects made holes -> their last version; deleted once the map is durable."""
@@ -57,8 +62,32 @@ class Flusher:
         """Make every change completed before this call durable on every member (I1)."""
         if self._replicator.fenced:
             done(errno.EIO)
-        else:
+        elif self._busy:
             self._waiters.append(done)
+        elif not self._start_directly(done):
+            self._waiters.append(done)
+            self._wanted.set()
+
+    def _start_directly(self, done: Completed) -> bool:
+        """Where only data is to be flushed, the most frequent case, no task need wake up."""
+        if self._map.is_dirty or self._unreported or not self._is_saved():
+            return False
+
+        def flushed(good: bool) -> None:
+            if not good:
+                self._waiters.insert(0, done)
+            self._end()
+            if good:
+                done(0)
+
+        self._busy = True
+        started = self._replicator.flush_directly(self._layer, flushed)
+        self._busy = started and self._busy
+        return started
+
+    def _end(self) -> None:
+        self._busy = False
+        if self._waiters:
             self._wanted.set()
 
     def fail_waiting(self) -> None:
@@ -73,10 +102,15 @@ class Flusher:
             with trio.move_on_after(FLUSH_EVERY_S):
                 await self._wanted.wait()
             self._wanted = trio.Event()
+            if self._busy:
+                continue
             waiters, self._waiters = self._waiters, []
             # Without a waiter: bound what a crash can lose, like a disk that empties its cache.
             if waiters or self._replicator.dirty or self._map.is_dirty:
-                self._tell(waiters, await self._try())
+                self._busy = True
+                code = await self._try()
+                self._end()
+                self._tell(waiters, code)
 
     async def _try(self) -> int:
         try:

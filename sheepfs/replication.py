@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Callable
 from operator import attrgetter
 
 import trio
@@ -545,7 +546,7 @@ class Replicator:
                 cluster_map = self.router.map
                 groups = cluster_map.pools[self.pool]
                 nodes = {node for pg in self._flushing for node in groups[pg].members}
-                if await self._flush_nodes(nodes, layer):
+                if await self._flushed(nodes, layer):
                     now = self.router.map.pools[self.pool]
                     self._flushing = {
                         pg for pg in self._flushing if now[pg].changed > cluster_map.epoch
@@ -559,6 +560,19 @@ class Replicator:
             self._flushing = set()
         self._check_usable()
 
+    async def _flushed(self, nodes: set[int], layer: int) -> bool:
+        finished = trio.Event()
+        outcome: list[bool] = []
+
+        def done(good: bool) -> None:
+            outcome.append(good)
+            finished.set()
+
+        if not self._flush_nodes(nodes, layer, done):
+            return False
+        await finished.wait()
+        return outcome[0]
+
     def _check_usable(self) -> None:
         if self.fenced:
             raise FencedError(f"VDI {self.vdi} was taken over by another holder")
@@ -566,13 +580,42 @@ class Replicator:
             self.lost_writes = False
             raise CorruptError(f"VDI {self.vdi}: unflushed writes were lost with their nodes")
 
-    async def _flush_nodes(self, nodes: set[int], layer: int) -> bool:
+    def flush_directly(self, layer: int, done: Callable[[bool], None]) -> bool:
+        """Start what `make_durable` does, without a task; only while no other flush runs.
+
+        Returns:
+            False: it is not that simple now; nothing was started. Else `done` is called once,
+            with False if `make_durable` must do it after all.
+        """
+        if not self.dirty or self.fenced or self.lost_writes:
+            return False
+        epoch = self.router.map.epoch
+        groups = self.router.map.pools[self.pool]
+        taken = self.dirty
+
+        def flushed(good: bool) -> None:
+            self._flushing = set()
+            now = self.router.map.pools[self.pool]
+            if self.lost_writes or any(now[pg].changed > epoch for pg in taken):
+                good = False
+            if not good:
+                self.dirty |= taken
+            done(good)
+
+        self._flushing, self.dirty = taken, set()
+        nodes = {node for pg in taken for node in groups[pg].members}
+        if not self._flush_nodes(nodes, layer, flushed):
+            self._flushing, self.dirty = set(), taken
+            return False
+        return True
+
+    def _flush_nodes(self, nodes: set[int], layer: int, done: Callable[[bool], None]) -> bool:
+        """Send FLUSH to all `nodes`, if all are linked; `done` is told whether all did it."""
         links = [link for node in nodes if (link := self.router.link(node))]
         if len(links) < len(nodes):
             return False
         left = len(links)
         good = True
-        finished = trio.Event()
 
         def answer(link: Link, header: Header | None, payload: memoryview | None) -> None:
             nonlocal left, good
@@ -582,14 +625,13 @@ class Replicator:
                 if header is not None and header.status == Status.FENCED:
                     self.fence(describe(bytes(payload or b"")))
             if not left:
-                finished.set()
+                done(good)
 
         for link in links:
             link.request(
                 Op.FLUSH, next_request(), answer, version=layer, vdi=self.vdi, token=self.token
             )
-        await finished.wait()
-        return good
+        return True
 
     async def settle(self) -> None:
         """Wait until no change is under way."""

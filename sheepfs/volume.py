@@ -137,7 +137,12 @@ class Volume:
                 attachment.generation,
             )  # fmt: skip
             self._flusher = Flusher(
-                self.name, record.layer, self.replicator, self._map, self._save_if_changed
+                self.name,
+                record.layer,
+                self.replicator,
+                self._map,
+                self._save_if_changed,
+                self._is_saved,
             )
             self.attachment = attachment
             self._scope = trio.CancelScope()
@@ -458,8 +463,11 @@ class Volume:
         else:
             self._flusher.flush(done)
 
+    def _is_saved(self) -> bool:
+        return self._size == self._saved_size and self._map.existing == self.record.maps
+
     async def _save_if_changed(self) -> None:
-        if self._size != self._saved_size or self._map.existing != self.record.maps:
+        if not self._is_saved():
             await self._save()
 
     async def _save(self) -> None:

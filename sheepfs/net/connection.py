@@ -39,7 +39,7 @@ Handler = Callable[[Header, memoryview], None]
 
 _FIRST_BUFFER = 8 << 10
 _BATCH_BUFFER = 512 << 10
-"""The receive buffer starts small (pings come and go) and doubles up to this while reads fill it."""
+"""The receive buffer starts small (pings come and go) and doubles up to this as reads fill it."""
 _SOCKET_BUFFER = 2 << 20
 _MAX_IOVECS = 512
 _FAIR_TURNS = 8
