@@ -132,6 +132,7 @@ class ManagedProcess:
             gently = False
             self.kill()
         self.pid_file.unlink(missing_ok=True)
+        _reap()
         return gently
 
     def kill(self) -> None:
@@ -140,6 +141,7 @@ class ManagedProcess:
         # A paused process (SIGSTOP) dies of SIGKILL too; one in a dead mount may take a moment.
         wait_for(lambda: self.pid is None, 15, f"{self.name} to die")
         self.pid_file.unlink(missing_ok=True)
+        _reap()
 
     def wait_ready(self, ready: Callable[[], object], deadline_s: float) -> None:
         """Wait until `ready()` is true; a StartError quotes the log if the program ends first."""

@@ -19,7 +19,13 @@ def fio_argv(path: Path, block: str, runtime_s: float) -> list[str]:
     return [
         *("fio", f"--name=verify{block}", f"--filename={path}", "--size=192M", "--direct=1"),
         *("--ioengine=libaio", "--iodepth=8", "--rw=randwrite", f"--bs={block}"),
-        *("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--verify_backlog=4096"),
+        *(
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+            "--do_verify=1",
+            "--verify_backlog=4096",
+        ),
         *("--time_based", f"--runtime={runtime_s:g}s", "--output-format=json"),
     ]
 
