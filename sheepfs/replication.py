@@ -99,13 +99,18 @@ class Change:
         """Take one member's answer; answers to a former sending of this change are ignored."""
         if header is None:
             self.owner.park(self)
-        elif header.request == self.request:
-            if header.status:
+        elif header.status:
+            if header.request == self.request:
                 self.owner.refused(self, link, header, payload)
-            else:
-                self.left -= 1
-                if not self.left:
-                    self.owner.completed(self)
+        else:
+            self.accepted(header.request)
+
+    def accepted(self, request: int) -> None:
+        """Count one member's acceptance of the sending numbered `request`."""
+        if request == self.request:
+            self.left -= 1
+            if not self.left:
+                self.owner.completed(self)
 
 
 class Replicator:
@@ -215,13 +220,12 @@ class Replicator:
             state.oid, change.offset, change.span, change.prev, change.version,
             len(payload), change.checksum,
         )  # fmt: skip
-        answer = change.answer
         for link in links:
             if link.lost:
                 self._routes.pop(state.pg, None)
                 self.park(change)
                 return
-            link.pending[request] = answer
+            link.changes[request] = change
             link.connection.send_frame(unsealed.seal(link.session), payload)
 
     def _route(self, pg: int) -> list[Link] | None:
@@ -298,6 +302,10 @@ class Replicator:
 
     def _changes_of(self, state: ObjectState) -> list[Change]:
         return [change for change in self._inflight if change.state is state]
+
+    def in_use(self, state: ObjectState) -> bool:
+        """Tell whether anything waits for an object."""
+        return bool(state.opening or state.queue or self._changes_of(state))
 
     def fence(self, reason: str) -> None:
         """Another holder took over: everything under way fails, and all that comes."""

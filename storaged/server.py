@@ -16,6 +16,7 @@ import socket as stdlib_socket
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import trio
@@ -151,7 +152,7 @@ class Server:
         self.clients.add(client)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write, client)
-            await client.connection.receive(lambda h, p: self._dispatch(client, h, p))
+            await client.connection.receive(partial(self._dispatch, client))
             nursery.cancel_scope.cancel()
 
     async def _write(self, client: ClientConnection) -> None:

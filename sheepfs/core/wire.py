@@ -30,6 +30,7 @@ HEADER_SIZE = HEADER.size
 _REST = struct.Struct("<IIIBxHQQIIQQ")
 _START = struct.Struct("<IBBH")
 _SEAL = struct.Struct("<QQ")
+_LENGTH = struct.Struct("<I")
 _CHECKSUM_END = 16
 
 MAX_PAYLOAD = OBJECT_SIZE + (64 << 10)
@@ -117,6 +118,8 @@ def encode(
     return start + checksum.to_bytes(8, "little") + rest
 
 
+_new_header = tuple.__new__
+"""`Header._make` without its call of a Python function: one for each frame."""
 _EMPTY_REST = bytes(_REST.size - 4)
 
 
@@ -130,13 +133,9 @@ def encode_reply(session: int, op: int, request: int, payload: Buffer) -> bytes:
     return start + xxh3_64_intdigest(rest, seed).to_bytes(8, "little") + rest
 
 
-_ACK_START = (HEADER_SIZE, Op.ACKS | REPLY, 0, 0, 0)
-_ACK_REST = (0,) * 10
-
-
 def acknowledged(request: int) -> Header:
     """Give the header that a plain reply "OK" to request number `request` would have had."""
-    return Header._make((*_ACK_START, request, *_ACK_REST))
+    return Header(HEADER_SIZE, Op.ACKS | REPLY, 0, 0, 0, request, *(0,) * 10)
 
 
 class Unsealed(NamedTuple):
@@ -185,22 +184,23 @@ def frame_length(buffer: Buffer, position: int, limit: int = MAX_FRAME) -> int:
     Raises:
         ProtocolError: the length cannot be; the connection must end before it is believed.
     """
-    length = int.from_bytes(buffer[position : position + 4], "little")
+    (length,) = _LENGTH.unpack_from(buffer, position)
     if not HEADER_SIZE <= length <= limit:
         raise ProtocolError(f"frame of {length} bytes, not within {HEADER_SIZE} to {limit}")
-    return length
+    return int(length)
 
 
-def decode(session: int, frame: memoryview) -> Header:
-    """Check and decode the header of a whole frame; the payload is `frame[HEADER_SIZE:]`.
+def decode(session: int, frame: memoryview) -> tuple[Header, memoryview]:
+    """Check a whole frame; give its header and a view of its payload.
 
     Raises:
         ProtocolError: the checksum does not match; nothing of the frame can be trusted.
     """
     start, checksum = _SEAL.unpack_from(frame)
     seed = start ^ session
-    if len(frame) > HEADER_SIZE:
-        seed ^= xxh3_64_intdigest(frame[HEADER_SIZE:])
+    payload = frame[HEADER_SIZE:]
+    if payload:
+        seed ^= xxh3_64_intdigest(payload)
     if xxh3_64_intdigest(frame[_CHECKSUM_END:HEADER_SIZE], seed) != checksum:
         raise ProtocolError("frame checksum does not match")
-    return Header._make(HEADER.unpack_from(frame))
+    return _new_header(Header, HEADER.unpack_from(frame)), payload

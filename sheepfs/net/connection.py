@@ -139,6 +139,9 @@ class Connection:
                 vector = out[:_MAX_IOVECS]
                 sent = os.writev(self._fd, vector)
                 self.queued_bytes -= sent
+                if sent == sum(map(len, vector)):
+                    del out[: len(vector)]
+                    continue
                 done = 0
                 while done < len(vector) and sent >= len(vector[done]):
                     sent -= len(vector[done])
@@ -210,10 +213,9 @@ class Connection:
             if self._end - self._start < length:
                 self._make_room(length)
                 break
-            frame = whole[self._start : self._start + length]
-            header = decode(self.session, frame)
+            header, payload = decode(self.session, whole[self._start : self._start + length])
             self._start += length
-            handle(header, frame[HEADER_SIZE:])
+            handle(header, payload)
             if one or self.queued_bytes > self.pause_above_bytes:
                 return True
         return False
@@ -238,6 +240,10 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket at once; the reader and writer tasks end with an error."""
+        # Whoever still refers to the connection must not keep its buffers.
+        self._buffer = bytearray()
+        self._start = self._end = 0
+        self._out.clear()
         self.closed = True
         self._fd = -1
         self._drained.set()

@@ -13,7 +13,7 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import trio
@@ -31,9 +31,20 @@ _numbers = count(1)
 its links."""
 
 
+class Change(Protocol):
+    """A change sent to several nodes at once (sheepfs.replication)."""
+
+    def answer(self, link: Link, header: Header | None, payload: memoryview | None) -> None:
+        """Take a node's reply, or None when the link was lost before it came."""
+        ...
+
+    def accepted(self, request: int) -> None:
+        """A node accepted the change; `request` is the number under which it was sent."""
+        ...
+
+
 _ACKS = Op.ACKS | REPLY
 _NUMBER = struct.Struct("<I")
-_NOTHING = memoryview(b"")
 
 
 def next_request() -> int:
@@ -50,6 +61,8 @@ class Link:
         self.incarnation: int = greeting["incarnation"]
         self.session = connection.session
         self.pending: dict[int, Answer] = {}
+        self.changes: dict[int, Change] = {}
+        """Changes sent and not answered, by number: their acknowledgements come in bulk."""
         self.lost = False
         self.on_map: Callable[[Buffer], None] | None = None
 
@@ -77,13 +90,19 @@ class Link:
         if header.op == _ACKS:
             if len(payload) % 4:
                 raise ProtocolError("acknowledgements that are no list of numbers")
+            changes = self.changes
             for (number,) in _NUMBER.iter_unpack(payload):
-                if answer := self.pending.pop(number, None):
-                    answer(self, acknowledged(number), _NOTHING)
+                if change := changes.pop(number, None):
+                    change.accepted(number)
+                elif answer := self.pending.pop(number, None):
+                    answer(self, acknowledged(number), payload[:0])
             return
-        answer = self.pending.pop(header.request, None)
+        request = header.request
+        answer = self.pending.pop(request, None)
         if answer is not None:
             answer(self, header, payload)
+        elif change := self.changes.pop(request, None):
+            change.answer(self, header, payload)
         elif header.op == Op.MAP | REPLY and self.on_map:
             self.on_map(bytes(payload))
 
@@ -93,8 +112,11 @@ class Link:
             self.lost = True
             self.connection.close()
             pending, self.pending = self.pending, {}
+            changes, self.changes = self.changes, {}
             for answer in pending.values():
                 answer(self, None, None)
+            for change in changes.values():
+                change.answer(self, None, None)
 
     def request(
         self, op: int, request: int, answer: Answer, payload: Buffer = b"", **fields: int

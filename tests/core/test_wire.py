@@ -59,7 +59,7 @@ def test_a_frame_survives_encoding(
 ) -> None:
     frame = encode(session, op, request, payload, **fields) + payload
     assert frame_length(frame, 0) == len(frame) == HEADER_SIZE + len(payload)
-    header = decode(session, memoryview(frame))
+    header, payload = decode(session, memoryview(frame))
     assert (header.op, header.request) == (op, request)
     assert {name: getattr(header, name) for name in fields} == fields
 

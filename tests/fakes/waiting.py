@@ -10,5 +10,5 @@ import trio
 async def wait_until(condition: Callable[[], object], deadline_s: float = 10.0) -> None:
     """Wait until `condition()` is true; TooSlowError after the deadline."""
     with trio.fail_after(deadline_s):
-        while not condition():  # noqa: ASYNC110 - the condition is anything at all
+        while not condition():
             await trio.sleep(0.005)

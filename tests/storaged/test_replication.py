@@ -11,6 +11,7 @@ import trio
 
 from fakes.static_cluster import PG_COUNT, StaticCluster, static_cluster
 from fakes.waiting import wait_until
+from sheepfs.callbacks import OperationError, completion
 from sheepfs.core.errors import FencedError, StaleObjectError
 from sheepfs.core.geometry import data_object, pg_of
 from sheepfs.core.wire import FLAG_CREATE, Op
@@ -18,7 +19,6 @@ from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
 from sheepfs.replication import Replicator
-from sheepfs.callbacks import OperationError, completion
 
 VDI, LAYER = 2, 2
 OID = data_object(LAYER, 0)
