@@ -489,6 +489,8 @@ class Replicator:
         )  # fmt: skip
         for node in behind:
             await self.repair(node, state.oid, state.pg, source)
+        # What was copied is in the page cache of these nodes, and what it was copied from too.
+        self.dirty.add(state.pg)
         return False
 
     async def _stat(

@@ -35,6 +35,8 @@ class VdiMap:
 
     Attributes:
         existing: bit i is set when map object i exists in the cluster.
+        creating: objects whose creation is not complete: nothing in them is, they read as zeros
+            (members may not have them yet, and may never get them).
     """
 
     def __init__(self, existing: int, load_range: LoadRange) -> None:
@@ -42,7 +44,7 @@ class VdiMap:
         self.pages: dict[int, array[int]] = {}
         self._load_range = load_range
         self._dirty: set[int] = set()
-        self._creating: set[int] = set()
+        self.creating: set[int] = set()
 
     def get(self, index: int) -> int | None:
         """Give the owner layer of an object, 0 for a hole, None if the page is not loaded."""
@@ -78,13 +80,13 @@ class VdiMap:
                 self.pages[base + i] = _parse(data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
 
     def begin_create(self, index: int, layer: int) -> None:
-        """The object is being created: reads go to it, but the map on disk does not name it."""
+        """The object is being created: writes go to it, but the map on disk does not name it."""
         self._set(index, layer)
-        self._creating.add(index)
+        self.creating.add(index)
 
     def end_create(self, index: int, created: bool) -> None:
         """The creation is complete on all members, or it failed and the hole is back."""
-        self._creating.discard(index)
+        self.creating.discard(index)
         if created:
             self._dirty.add(index // MAP_ENTRIES_PER_BLOCK)
         else:
@@ -92,7 +94,7 @@ class VdiMap:
 
     def discard(self, index: int) -> None:
         """Make an object a hole."""
-        self._creating.discard(index)
+        self.creating.discard(index)
         self._set(index, 0)
         self._dirty.add(index // MAP_ENTRIES_PER_BLOCK)
 
@@ -116,7 +118,7 @@ class VdiMap:
             page = self.pages[number][:]
             base = number * MAP_ENTRIES_PER_BLOCK
             for entry in range(MAP_ENTRIES_PER_BLOCK):
-                if page[entry] and base + entry in self._creating:
+                if page[entry] and base + entry in self.creating:
                     page[entry] = 0
             pages[number] = _format(page)
         return pages

@@ -20,6 +20,7 @@ import trio
 
 from sheepfs.backend import Attributes, Done, ReadDone
 from sheepfs.callbacks import Completed, completion, countdown
+from sheepfs.convergence import converge
 from sheepfs.core.errors import SheepError, to_errno
 from sheepfs.core.geometry import MAX_VDI_SIZE, OBJECT_SIZE, data_object, map_object, split
 from sheepfs.core.metadata import VdiRecord, check_vdi_size
@@ -89,6 +90,7 @@ class Volume:
         self._map_read = 0.0
         self._converge = False
         """The last holder did not detach: replicas are compared before the first read."""
+        self._converging = trio.CancelScope()
         self._attaching = trio.Lock()
         self._flusher: Flusher | None = None
         self._scope: trio.CancelScope | None = None
@@ -104,6 +106,11 @@ class Volume:
     def stalled(self) -> str:
         """Why I/O does not move, or an empty string."""
         return self.replicator.stalled if self.replicator else ""
+
+    @property
+    def converging(self) -> bool:
+        """Whether replicas may still differ from the time of an earlier, unclean holder."""
+        return self._converge
 
     def attributes(self) -> Attributes:
         """Current attributes, with what is not yet in etcd."""
@@ -144,6 +151,11 @@ class Volume:
                 self._save_if_changed,
                 self._is_saved,
             )
+            if self._converge:
+                # What the last holder had acknowledged and not flushed is this one's to flush.
+                self.replicator.dirty.update(range(len(self._router.map.pools[record.copies])))
+                self._converging = trio.CancelScope()
+                self._nursery.start_soon(self._converge_all, self._map, self.replicator)
             self.attachment = attachment
             self._scope = trio.CancelScope()
             self._nursery.start_soon(_run_both, self._scope, self.replicator, self._flusher)
@@ -159,6 +171,7 @@ class Volume:
             attachment, replicator, flusher = self.attachment, self.replicator, self._flusher
             if attachment is None or replicator is None or flusher is None:
                 return
+            self._converging.cancel()
             problem: SheepError | None = None
             if not replicator.fenced:
                 await replicator.settle()
@@ -173,11 +186,15 @@ class Volume:
             self._reader.token = 0
             flusher.fail_waiting()
             self.record = self._current_record()
-            await self._attacher.detach(
-                attachment, self.record, clean=problem is None and not replicator.fenced
-            )
+            clean = problem is None and not replicator.fenced and not self._converge
+            await self._attacher.detach(attachment, self.record, clean=clean)
             if problem is not None:
                 raise problem
+
+    async def _converge_all(self, vdi_map: VdiMap, replicator: Replicator) -> None:
+        with self._converging:
+            if await converge(vdi_map, replicator) and replicator is self.replicator:
+                self._converge = False
 
     def _current_record(self) -> VdiRecord:
         return dataclasses.replace(
@@ -245,17 +262,20 @@ class Volume:
 
     def _read_piece(self, index: int, within: int, length: int, done: ReadDone) -> None:
         layer = self._map.get(index)
-        if layer == 0:
-            done(0, (memoryview(_ZEROS)[:length],))
+        replicator = self.replicator
+        if layer == 0 or index in self._map.creating:
+            if replicator is not None and replicator.fenced:
+                done(errno.EIO, ())
+            else:
+                done(0, (memoryview(_ZEROS)[:length],))
             return
         if layer is None:
             self._later(lambda: self._load_and_read(index, within, length, done), _failed(done))
             return
         oid = data_object(layer, index)
-        replicator = self.replicator
-        if self._converge and replicator is not None:
-            state = replicator.state(oid)
-            if not state.ready:
+        if replicator is not None:
+            state = replicator.state(oid) if self._converge else replicator.objects.get(oid)
+            if state is not None and not state.ready and (self._converge or state.opening):
                 self._later(
                     lambda: self._open_and_read(replicator, state, within, length, done),
                     _failed(done),

@@ -38,9 +38,13 @@ class StaticNode:
         self.store: ObjectStore
         self.replica: Replica
         self.scope: trio.CancelScope | None = None
+        self._ended = trio.Event()
+        self._ended.set()
 
     async def start(self) -> None:
-        """Run as a new incarnation."""
+        """Run as a new incarnation, once the former one has closed its store."""
+        await self._ended.wait()
+        self._ended = trio.Event()
         self.incarnation += 1
         await self.cluster.nursery.start(self._run)
 
@@ -70,6 +74,7 @@ class StaticNode:
                 nursery.start_soon(self.server.serve, listeners)
                 task_status.started()
         self.store.close(clean=self.clean)
+        self._ended.set()
 
     def take(self, cluster_map: ClusterMap) -> None:
         """See a new map."""
@@ -101,6 +106,11 @@ class StaticCluster:
         self.nodes = {n: StaticNode(self, n, path / f"n{n}") for n in range(1, nodes + 1)}
         self.map = ClusterMap(0, self.uuid)
         self.auto_join = True
+
+    @property
+    def running(self) -> int:
+        """How many nodes run."""
+        return sum(node.scope is not None for node in self.nodes.values())
 
     async def fetch(self) -> ClusterMap:
         """Give the newest map, as etcd would."""

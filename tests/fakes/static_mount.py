@@ -1,0 +1,138 @@
+"""Mounts of one VDI over a `StaticCluster`: real volumes, and in place of etcd a record in memory.
+
+A mount can end without a detach, as a killed process does; its lease is then taken as expired.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import cast
+
+import trio
+
+from fakes.static_cluster import StaticCluster
+from sheepfs.core.wire import Buffer
+from sheepfs.callbacks import completion
+from sheepfs.core.errors import HeldElsewhereError
+from sheepfs.core.metadata import Keys, VdiRecord
+from sheepfs.net.attach import Attachment
+from sheepfs.net.fencing import fence_everywhere
+from sheepfs.net.router import Router
+from sheepfs.net.store import Store
+from sheepfs.volume import Volume
+
+VDI = LAYER = 2
+COPIES = 3
+DEADLINE_S = 15.0
+
+
+class StaticRecord:
+    """What etcd has of the one VDI: its record and who holds it."""
+
+    def __init__(self, size: int = 0) -> None:
+        self.record = VdiRecord(VDI, size, COPIES, LAYER)
+        self.holder: StaticMount | None = None
+        self.token = 0
+
+
+class StaticMount:
+    """One mount with the VDI open; implements `sheepfs.volume.Attacher`."""
+
+    def __init__(self, cluster: StaticCluster, etcd: StaticRecord) -> None:
+        self.cluster = cluster
+        self.etcd = etcd
+        self.saves: list[VdiRecord] = []
+        self.router = Router(cluster.uuid, cluster.fetch)
+        self.volume: Volume
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+
+    async def start(self) -> Volume:
+        """Link to the nodes that are up and open the VDI, without holding it."""
+        await self.cluster.nursery.start(self._run)
+        with trio.fail_after(DEADLINE_S):
+            while len(self.router.links) < self.cluster.running:
+                await trio.sleep(0.005)
+        return self.volume
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
+        self.router.take_map(self.cluster.map)
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                self.volume = Volume("test", self.etcd.record, self.router, self, nursery)
+                self.volume.handles = 1
+                await nursery.start(self.router.run)
+                task_status.started()
+                await trio.sleep_forever()
+        self._ended.set()
+
+    async def end(self) -> None:
+        """End without a detach: connections break, what is under way stays where it is."""
+        self._scope.cancel()
+        await self._ended.wait()
+        if self.etcd.holder is self:
+            self.etcd.holder = None
+
+    # -- sheepfs.volume.Attacher ------------------------------------------------------------
+
+    async def attach(self, vdi: int) -> Attachment:
+        """Hold the VDI and fence the former holder."""
+        etcd = self.etcd
+        if etcd.holder is not None:
+            raise HeldElsewhereError("held by another mount")
+        etcd.holder = self
+        was_clean = etcd.record.clean
+        etcd.token += 1
+        etcd.record = dataclasses.replace(
+            etcd.record, generation=etcd.record.generation + 1, clean=False
+        )
+        await fence_everywhere(self.router, vdi, etcd.token)
+        return Attachment(
+            vdi, etcd.token, etcd.record.generation, etcd.record, was_clean, "test",
+            cast(Store, None), Keys("test"),
+        )  # fmt: skip
+
+    async def is_held(self, vdi: int) -> bool:
+        """Tell whether any mount holds the VDI."""
+        return self.etcd.holder is not None
+
+    async def save(self, attachment: Attachment, record: VdiRecord) -> None:
+        """Keep size and usage."""
+        self.saves.append(record)
+        self.etcd.record = dataclasses.replace(record, clean=False)
+
+    async def detach(self, attachment: Attachment, record: VdiRecord, *, clean: bool) -> None:
+        """Let others attach."""
+        if self.etcd.holder is self:
+            self.etcd.record = dataclasses.replace(record, clean=clean)
+            self.etcd.holder = None
+
+    # -- the volume's operations, awaited ---------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Read and wait. Raises OSError."""
+        finished = trio.Event()
+        code, data = 0, b""
+
+        def done(failed: int, buffers: Sequence[Buffer]) -> None:
+            nonlocal code, data
+            code, data = failed, b"".join(buffers)
+            finished.set()
+
+        with trio.fail_after(DEADLINE_S):
+            self.volume.read(offset, length, done)
+            await finished.wait()
+        if code:
+            raise OSError(code, "read")
+        return data
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write and wait. Raises OperationError, which has an errno."""
+        with trio.fail_after(DEADLINE_S):
+            await completion(lambda done: self.volume.write(offset, data, done))
+
+    async def flush(self) -> None:
+        """Flush and wait. Raises OperationError, which has an errno."""
+        with trio.fail_after(DEADLINE_S):
+            await completion(self.volume.flush)

@@ -1,0 +1,128 @@
+"""What the next holder finds, and must do, after one that ended without a detach."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fakes.static_cluster import StaticCluster, static_cluster
+from fakes.static_mount import LAYER, StaticMount, StaticRecord
+from fakes.waiting import wait_until
+from sheepfs.core.geometry import OBJECT_SIZE, data_object
+from sheepfs.core.wire import Op
+
+OID = data_object(LAYER, 1)
+BLOCK = 4096
+
+
+def on_disk(cluster: StaticCluster, oid: int = OID) -> set[bytes]:
+    found = [node.store.read(oid, 0, BLOCK, wait=True) for node in cluster.nodes.values()]
+    return {b"".join(buffers or ()) for buffers in found}
+
+
+async def leave_differing(cluster: StaticCluster, etcd: StaticRecord) -> None:
+    """A holder ends when only node 2 has its last write."""
+    mount = StaticMount(cluster, etcd)
+    await mount.start()
+    await mount.write(OBJECT_SIZE, b"a" * BLOCK)
+    await mount.flush()
+    store = cluster.nodes[2].store
+    entry = store.get(OID)
+    assert entry is not None
+    store.write(OID, 0, b"b" * BLOCK, entry.version + 1)
+    await mount.end()
+
+
+async def test_all_replicas_become_equal_without_a_read(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        await leave_differing(cluster, etcd)
+        mount = StaticMount(cluster, etcd)
+        await mount.start()
+        await mount.volume.attach()
+        await wait_until(lambda: not mount.volume.converging)
+        assert on_disk(cluster) == {b"b" * BLOCK}
+        await mount.volume.detach()
+        assert etcd.record.clean
+
+
+async def test_a_holder_that_left_before_it_compared_all_leaves_that_to_the_next(
+    tmp_path: Path,
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        await leave_differing(cluster, etcd)
+        mount = StaticMount(cluster, etcd)
+        await mount.start()
+        await mount.volume.attach()
+        await mount.volume.detach()
+        assert not etcd.record.clean
+        assert await mount.read(OBJECT_SIZE, BLOCK) == b"b" * BLOCK
+        assert on_disk(cluster) == {b"b" * BLOCK}
+
+
+@pytest.mark.parametrize("differing", [False, True])
+async def test_the_first_flush_covers_what_the_former_holder_wrote(
+    tmp_path: Path, differing: bool
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        if differing:
+            await leave_differing(cluster, etcd)
+        else:
+            former = StaticMount(cluster, etcd)
+            await former.start()
+            await former.write(OBJECT_SIZE, b"a" * BLOCK)
+            await former.flush()
+            await former.write(OBJECT_SIZE, b"b" * BLOCK)
+            await former.end()
+        mount = StaticMount(cluster, etcd)
+        await mount.start()
+        await mount.volume.attach()
+        await mount.flush()
+        assert await mount.read(OBJECT_SIZE, BLOCK) == b"b" * BLOCK
+        await mount.flush()
+        assert [node.store.begin_flush(LAYER) for node in cluster.nodes.values()] == [None] * 3
+
+
+async def test_a_former_holder_can_do_nothing_any_more(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        former, mount = StaticMount(cluster, etcd), StaticMount(cluster, etcd)
+        await former.start()
+        await former.write(OBJECT_SIZE, b"a" * BLOCK)
+        await former.flush()
+        etcd.holder = None
+        await mount.start()
+        await mount.volume.attach()
+        with pytest.raises(OSError, match="Errno 5"):
+            await former.read(OBJECT_SIZE, BLOCK)
+        former.volume.fence("taken over")
+        for work in (former.flush(), former.write(0, b"x"), former.write(OBJECT_SIZE, b"x")):
+            with pytest.raises(Exception, match="EIO"):
+                await work
+        with pytest.raises(OSError, match="Errno 5"):
+            # Also where it knows of a hole: somebody may have written there.
+            await former.read(0, BLOCK)
+        await former.volume.detach()
+        assert etcd.holder is mount
+
+
+async def test_an_object_that_only_some_members_made_is_no_part_of_the_vdi(
+    tmp_path: Path,
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord(2 * OBJECT_SIZE)
+        former, mount = StaticMount(cluster, etcd), StaticMount(cluster, etcd)
+        await former.start()
+        await former.volume.attach()
+        cluster.nodes[1].server.handlers[Op.WRITE] = lambda client, header, payload: None
+        former.volume.write(OBJECT_SIZE, b"a" * BLOCK, lambda code: None)
+        await wait_until(lambda: cluster.nodes[2].store.get(OID))
+        await former.end()
+        cluster.nodes[1].server.handlers[Op.WRITE] = cluster.nodes[1].replica.handle
+        await mount.start()
+        assert await mount.read(OBJECT_SIZE, BLOCK) == bytes(BLOCK)
+        await mount.write(OBJECT_SIZE + BLOCK, b"b")
+        assert on_disk(cluster) == {bytes(BLOCK)}
