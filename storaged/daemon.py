@@ -252,6 +252,7 @@ class _Parts:
             "quarantined": usage.quarantined,
             "corrupt_blocks": counters.corrupt_blocks,
             "repaired_blocks": counters.repaired_blocks,
+            "restored_objects": counters.restored_objects,
             "laundered_objects": counters.laundered_objects,
             "pulled_objects": counters.pulled_objects,
             "pulled_bytes": counters.pulled_bytes,

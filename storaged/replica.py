@@ -72,6 +72,8 @@ class Counters:
     def __init__(self) -> None:
         self.corrupt_blocks = 0
         self.repaired_blocks = 0
+        self.restored_objects = 0
+        """Objects that were missing here and came back from a peer."""
         self.laundered_objects = 0
         self.pulled_objects = 0
         self.pulled_bytes = 0
@@ -256,7 +258,7 @@ class Replica:
         oid = header.oid
         if self.is_held(oid):
             return
-        self.counters.corrupt_blocks += 1
+        self.counters.corrupt_blocks += len(error.blocks)
         log.error("%s: %s; repairing it from a peer", describe_oid(oid), error)
         self.hold(oid)
         self._nursery.start_soon(self._repair_held, oid, header.pool, header.pg)
@@ -521,7 +523,7 @@ class Replica:
             await self._bring_level(oid, header.pool, header.pg, header.span or None)
             client.reply(header, version=self._version(oid))
             if missing:
-                self.counters.repaired_blocks += 1
+                self.counters.restored_objects += 1
                 log.error("%s: was missing here; restored from a peer", describe_oid(oid))
         except SheepError as error:
             self._fail(client, header, error)

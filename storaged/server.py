@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 MAX_HELD_BYTES = 32 << 20
 HELLO_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 4096
+COMPLAINTS = 20
+COMPLAIN_EVERY_S = 10.0
+"""At most so many lines about bad connections in so many seconds."""
 
 Handler = Callable[["ClientConnection", Header, Buffer], None]
 
@@ -101,6 +104,8 @@ class Server:
         self.handlers = handlers
         self.clients: set[ClientConnection] = set()
         self._greet = greet
+        self._complaints = 0
+        self._complaints_since = float("-inf")
 
     def publish(self, cluster_map: ClusterMap) -> None:
         """Send a new map to every client that asked for maps."""
@@ -130,9 +135,9 @@ class Server:
             with plain_errors():
                 await self._converse(client)
         except ProtocolError as error:
-            log.warning("disconnected %s: %s", peer, error)
+            self._complain("disconnected %s: %s", peer, error)
         except WrongClusterError as error:
-            log.warning("refused %s: %s", peer, error)
+            self._complain("refused %s: %s", peer, error)
             with suppress(OSError), trio.move_on_after(1):
                 await client.connection.flush()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -140,6 +145,17 @@ class Server:
         finally:
             self.clients.discard(client)
             client.connection.close()
+
+    def _complain(self, message: str, *arguments: object) -> None:
+        """Log what a stranger did, but let no stranger fill the disk with lines."""
+        now = trio.current_time()
+        if now >= self._complaints_since + COMPLAIN_EVERY_S:
+            if self._complaints > COMPLAINTS:
+                log.warning("%d more connections ended badly", self._complaints - COMPLAINTS)
+            self._complaints_since, self._complaints = now, 0
+        self._complaints += 1
+        if self._complaints <= COMPLAINTS:
+            log.warning(message, *arguments)
 
     async def _converse(self, client: ClientConnection) -> None:
         if not client.name:
