@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from sheepfs import __version__
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import SheepError, UnreachableError
 from sheepfs.core.metadata import ClusterConfig, Keys
@@ -258,6 +259,7 @@ class _Parts:
             "pulled_bytes": counters.pulled_bytes,
             "suspects": len(self._objects.suspects()),
             "joining": self.recovery.groups_left,
+            "version": __version__,
             **self.server.statistics(),
         }
 

@@ -71,7 +71,8 @@ async def _node_rows(session: Session) -> tuple[list[dict[str, Any]], Health, in
                     key: told.get(key)
                     for key in (
                         *("leader", "objects", "used", "free", "total", "joining", "suspects"),
-                        *("corrupt_blocks", "repaired_blocks", "connections", "version"),
+                        *("corrupt_blocks", "repaired_blocks", "restored_objects"),
+                        *("connections", "version"),
                     )
                 },
             }
@@ -122,6 +123,7 @@ async def cluster_status(arguments: argparse.Namespace) -> int:
                 (
                     "blocks",
                     f"{health.corrupt_blocks} found corrupt, {health.repaired_blocks} repaired,"
+                    f" {health.restored_objects} missing objects restored,"
                     f" {health.suspects} objects to be compared",
                 ),
                 ("stalled", "; ".join(health.stalled) or "no volume"),

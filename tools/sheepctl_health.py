@@ -40,6 +40,7 @@ class Health:
     pools: tuple[PoolHealth, ...]
     corrupt_blocks: int
     repaired_blocks: int
+    restored_objects: int
     suspects: int
     stalled: tuple[str, ...]
     total_bytes: int
@@ -106,6 +107,7 @@ def assess(cluster_map: ClusterMap, statuses: Statuses) -> Health:
         pools,
         corrupt,
         repaired,
+        _sum(answers, "restored_objects"),
         _sum(answers, "suspects"),
         stalled,
         _sum(answers, "total"),

@@ -70,7 +70,6 @@ def test_a_deleted_object_file_is_never_read_as_zeros_and_is_restored(
         for n in mounted.cluster.nodes
         if replica.is_relative_to(mounted.cluster.node_directory(n))
     )
-    before = repaired(mounted)
     replica.unlink()
     # A daemon keeps files open: what it lost it only sees after a restart.
     mounted.cluster.nodes[number].stop()
@@ -80,4 +79,4 @@ def test_a_deleted_object_file_is_never_read_as_zeros_and_is_restored(
     wait_for(replica.exists, 20, "the object file to be back")
     mounted.assert_replicas_agree(path.stem)
     assert object_bytes(replica) == PATTERN
-    assert repaired(mounted) >= before
+    assert mounted.status()["restored_objects"] > 0
