@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from xxhash import xxh3_64_intdigest
+
 from sheepfs.core.errors import CorruptError, RetryableError, SheepError, UsageError
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SIZE, format_oid
 from sheepfs.core.wire import Buffer
@@ -57,6 +59,8 @@ class Reader:
                 self._files.evict()
                 return None
             sums = SUMS[count].unpack_from(file.table, first * 8)
+            if length == BLOCK_SIZE and count == 1 and (block := self._cached(file, first, sums)):
+                return [block]
             try:
                 found = self._pieces(file, first, sums, False)
             except OSError as error:
@@ -73,6 +77,19 @@ class Reader:
         if surplus:
             pieces[-1] = pieces[-1][:-surplus]
         return pieces
+
+    def _cached(self, file: OpenFile, number: int, sums: tuple[int, ...]) -> bytearray | None:
+        """Give one good block from the page cache: the most frequent read, by the shortest way.
+
+        None: it takes more than that (a hole, a cold or bad block, an error).
+        """
+        block = bytearray(BLOCK_SIZE)
+        try:
+            self._disk.pread_nowait(file.fd, block, number * BLOCK_SIZE)
+        except OSError:
+            return None
+        # A hole's sum is 0, which is no block's digest; a short read does not match either.
+        return block if xxh3_64_intdigest(block) == sums[0] != 0 else None
 
     def read_blocks(self, entry: StoredObject, first: int, count: int) -> list[Buffer]:
         """Read whole blocks. Blocks. Raises as ObjectStore.read does."""
