@@ -400,7 +400,7 @@ class Replica:
             try:
                 await trio.to_thread.run_sync(self.store.mark, oids)
             except SheepError as error:
-                self._on_disk_error(error)
+                # A full disk is no failed one; `_fail` tells them apart.
                 for oid in oids:
                     self.fail_held(oid, error)
                 continue
