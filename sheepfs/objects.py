@@ -20,6 +20,7 @@ from sheepfs.backend import ReadDone
 from sheepfs.callbacks import ignore_answer
 from sheepfs.core.errors import (
     CorruptError,
+    DiskError,
     ObjectNotFoundError,
     RetryableError,
     SheepError,
@@ -120,7 +121,8 @@ class ObjectReader:
                     bad[node] = error
                 except StaleEpochError:
                     await self._refresh()
-                except RetryableError as error:
+                except (RetryableError, DiskError) as error:
+                    # A node whose disk failed leaves; until then the others have the data.
                     log.debug("%s from node %d: %s", describe_oid(oid), node, error)
                 else:
                     for other in bad:
