@@ -51,6 +51,9 @@ class Flusher:
         self._save = save
         self._is_saved = is_saved
         self._waiters: list[Completed] = []
+        self._served: list[Completed] = []
+        """Who asked before the flush under way began."""
+        self._closed = False
         self._wanted = trio.Event()
         self._busy = False
         """A flush is under way: who asks now waits for the next one."""
@@ -74,11 +77,11 @@ class Flusher:
             return False
 
         def flushed(good: bool) -> None:
-            if not good:
+            if not good and not self._closed:
                 self._waiters.insert(0, done)
             self._end()
-            if good:
-                done(0)
+            if good or self._closed:
+                done(0 if good else errno.EIO)
 
         self._busy = True
         started = self._replicator.flush_directly(self._layer, flushed)
@@ -92,7 +95,9 @@ class Flusher:
 
     def fail_waiting(self) -> None:
         """Answer everybody with EIO: the VDI is being let go."""
-        waiters, self._waiters = self._waiters, []
+        self._closed = True
+        waiters = self._served + self._waiters
+        self._served, self._waiters = [], []
         for done in waiters:
             done(errno.EIO)
 
@@ -104,13 +109,13 @@ class Flusher:
             self._wanted = trio.Event()
             if self._busy:
                 continue
-            waiters, self._waiters = self._waiters, []
+            self._served, self._waiters = self._waiters, []
             # Without a waiter: bound what a crash can lose, like a disk that empties its cache.
-            if waiters or self._replicator.dirty or self._map.is_dirty:
+            if self._served or self._replicator.dirty or self._map.is_dirty or self.discarded:
                 self._busy = True
                 code = await self._try()
                 self._end()
-                self._tell(waiters, code)
+                self._tell(code)
 
     async def _try(self) -> int:
         try:
@@ -120,7 +125,8 @@ class Flusher:
             return to_errno(error)
         return 0
 
-    def _tell(self, waiters: list[Completed], code: int) -> None:
+    def _tell(self, code: int) -> None:
+        waiters, self._served = self._served, []
         if not waiters:
             self._unreported = code or self._unreported
             return
@@ -164,9 +170,12 @@ class Flusher:
     def _delete(self, oid: int, version: int) -> None:
         """Free a discarded object's space; best effort, the map does not name it any more."""
         replicator = self._replicator
-        state = replicator.objects.get(oid)
-        if state is None or state.version != version or not state.ready:
+        state = replicator.state(oid)
+        if replicator.in_use(state):
+            self.discarded.setdefault(oid, version)
             return
+        if state.version not in (0, version):
+            return  # It was made again.
         del replicator.objects[oid]
         for link in replicator.members(state.pg):
             link.request(

@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from sheepfs.core.geometry import (
     BLOCK_SIZE,
     BLOCKS_PER_OBJECT,
-    MAP_ENTRIES_PER_OBJECT,
     OBJECT_SIZE,
     data_object,
     object_count,
 )
-from sheepfs.objects import ObjectReader
 from sheepfs.vdimap import VdiMap
+
+Extents = Callable[[int], Awaitable[bytes]]
+"""Object id -> the 128-byte bitmap of its blocks that may hold data."""
 
 
 async def seek(
-    vdi_map: VdiMap, reader: ObjectReader, size: int, offset: int, *, data: bool
+    vdi_map: VdiMap, extents_of: Extents, size: int, offset: int, *, data: bool
 ) -> int | None:
     """Give the first offset in [`offset`, `size`) that is data (or a hole), None if there is none.
 
-    Blocks of 4 KiB decide; a block that is stored but all zeros may count as either.
+    Blocks of 4 KiB decide; a block that is stored but all zeros may count as either. An object
+    that is being created is a hole still.
 
     Raises:
         SheepError: a map page or an object cannot be read.
     """
     index = offset // OBJECT_SIZE
-    while index < object_count(size):
+    end = object_count(size)
+    while index < end:
+        if data:
+            index = vdi_map.skip_holes(index, end)
+            if index == end:
+                break
         start = max(offset, index * OBJECT_SIZE)
-        if data and not vdi_map.exists_around(index):
-            # No map object at all: 2 TiB of hole in one step.
-            index = (index // MAP_ENTRIES_PER_OBJECT + 1) * MAP_ENTRIES_PER_OBJECT
-            continue
         layer = vdi_map.get(index)
         if layer is None:
             await vdi_map.load(index)
             continue
-        if not layer:
+        if not layer or index in vdi_map.creating:
             if not data:
                 return start
             index += 1
             continue
-        extents = int.from_bytes(await reader.extents(data_object(layer, index)), "little")
+        extents = int.from_bytes(await extents_of(data_object(layer, index)), "little")
         found = _first_block(extents, (start % OBJECT_SIZE) // BLOCK_SIZE, data=data)
         if found is not None:
             place = max(start, index * OBJECT_SIZE + found * BLOCK_SIZE)

@@ -24,6 +24,7 @@ from sheepfs.callbacks import Completed, ignore_answer
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import (
     CorruptError,
+    DiskError,
     FencedError,
     ObjectNotFoundError,
     RetryableError,
@@ -49,7 +50,9 @@ _by_version = attrgetter("version")
 class ObjectState:
     """What the holder knows of one object; `ready` when its replicas are known to be equal."""
 
-    __slots__ = ("oid", "oldest", "opening", "pg", "queue", "ready", "version", "waiters")
+    __slots__ = (
+        "oid", "oldest", "opening", "pg", "queue", "ready", "uneven", "version", "waiters",
+    )  # fmt: skip
 
     def __init__(self, oid: int, pg: int) -> None:
         self.oid = oid
@@ -59,6 +62,8 @@ class ObjectState:
         self.opening = False
         self.oldest = False
         """Level to the oldest copy: a member refused a change for lack of space."""
+        self.uneven = False
+        """Members are known to differ: nothing may be read before they are level."""
         self.queue: list[Change] = []
         self.waiters: list[Completed] = []
 
@@ -144,8 +149,20 @@ class Replicator:
         self._nursery = nursery
         self._retry = trio.Event()
         self._idle = trio.Event()
+        self._uneven = False
+        """An object could not be made equal on all members."""
         router.on_map.append(self._map_changed)
         router.on_link.append(self._link_up)
+
+    @property
+    def busy(self) -> bool:
+        """Whether changes are under way."""
+        return bool(self._inflight)
+
+    @property
+    def level(self) -> bool:
+        """Whether all replicas are equal, as far as the changes of this attach go."""
+        return not self.fenced and not self._uneven
 
     def close(self) -> None:
         """Forget the router; changes still under way fail with EIO."""
@@ -415,6 +432,7 @@ class Replicator:
     def _reopen(self, state: ObjectState) -> None:
         """Replicas disagree: take back what is under way, level them, then go on."""
         state.ready = False
+        state.uneven = True
         again = sorted(self._changes_of(state), key=_by_version)
         for change in again:
             change.request = 0
@@ -454,6 +472,7 @@ class Replicator:
             else:
                 state.queue.append(change)
         if code:
+            self._uneven = True
             self.objects.pop(state.oid, None)
 
     async def _level(self, state: ObjectState) -> bool:
@@ -478,11 +497,15 @@ class Replicator:
             raise ObjectNotFoundError("the map names it, and no replica has it")
         best = (min if state.oldest else max)(copies.values())
         behind = [node for node in found if found[node] != best]
-        if not behind:
-            state.version = best[0]
-            state.oldest = False
-            return True
         source = next(node for node in copies if copies[node] == best)
+        if not behind:
+            if state.uneven:
+                # Members that join have no say, and may be what is ahead.
+                for node in group.joining:
+                    await self.repair(node, state.oid, state.pg, source)
+            state.version = best[0]
+            state.oldest = state.uneven = False
+            return True
         log.warning(
             "%s: replicas differ; level node %s with node %d",
             describe_oid(state.oid), ", ".join(map(str, behind)), source,
@@ -507,7 +530,8 @@ class Replicator:
             found[link.node] = (header.version, header.span)
         except (ObjectNotFoundError, CorruptError):
             found[link.node] = None
-        except RetryableError as error:
+        except (RetryableError, DiskError) as error:
+            # A node whose disk failed is voted out soon, as one that does not answer.
             log.debug("stat of %s at node %d: %s", describe_oid(state.oid), link.node, error)
         except SheepError as error:
             refused.append(error)
@@ -645,7 +669,7 @@ class Replicator:
 
     async def settle(self) -> None:
         """Wait until no change is under way."""
-        while self._inflight or any(s.queue for s in self.objects.values()):
+        while self.busy or any(s.queue or s.opening for s in self.objects.values()):
             self._idle = trio.Event()
             with trio.move_on_after(RETRY_S):
                 await self._idle.wait()

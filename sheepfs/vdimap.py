@@ -51,12 +51,28 @@ class VdiMap:
         page = self.pages.get(index // MAP_ENTRIES_PER_BLOCK)
         return None if page is None else page[index % MAP_ENTRIES_PER_BLOCK]
 
-    def exists_around(self, index: int) -> bool:
-        """Tell whether anything near an object index (its 2 TiB) was ever stored or changed."""
-        map_index = index // MAP_ENTRIES_PER_OBJECT
-        return bool(self.existing >> map_index & 1) or any(
-            number // PAGES_PER_OBJECT == map_index for number in self.pages
-        )
+    def skip_holes(self, index: int, end: int) -> int:
+        """Give the first index in [`index`, `end`) that is owned or whose page must be loaded.
+
+        `end` if there is none. Takes whole pages, and 2 TiB where nothing was ever stored, in
+        one step.
+        """
+        touched = {number // PAGES_PER_OBJECT for number in self.pages}
+        while index < end:
+            number, entry = divmod(index, MAP_ENTRIES_PER_BLOCK)
+            map_index = number // PAGES_PER_OBJECT
+            page = self.pages.get(number)
+            if page is None:
+                if self.existing >> map_index & 1:
+                    return index
+                if map_index not in touched:
+                    index = (map_index + 1) * MAP_ENTRIES_PER_OBJECT
+                    continue
+            elif any(page[entry:]):
+                found = next(i for i in range(entry, MAP_ENTRIES_PER_BLOCK) if page[i])
+                return min(number * MAP_ENTRIES_PER_BLOCK + found, end)
+            index = (number + 1) * MAP_ENTRIES_PER_BLOCK
+        return end
 
     async def load(self, index: int) -> None:
         """Load the page of an object index, and its neighbours.

@@ -22,7 +22,14 @@ from sheepfs.backend import Attributes, Done, ReadDone
 from sheepfs.callbacks import Completed, completion, countdown
 from sheepfs.convergence import converge
 from sheepfs.core.errors import SheepError, to_errno
-from sheepfs.core.geometry import MAX_VDI_SIZE, OBJECT_SIZE, data_object, map_object, split
+from sheepfs.core.geometry import (
+    MAX_VDI_SIZE,
+    OBJECT_SIZE,
+    data_object,
+    map_object,
+    object_count,
+    split,
+)
 from sheepfs.core.metadata import VdiRecord, check_vdi_size
 from sheepfs.core.wire import FLAG_CREATE, Buffer, Op
 from sheepfs.flusher import Flusher
@@ -173,12 +180,15 @@ class Volume:
                 return
             self._converging.cancel()
             problem: SheepError | None = None
-            if not replicator.fenced:
+            while problem is None and not replicator.fenced:
                 await replicator.settle()
                 try:
                     await completion(flusher.flush)
                 except SheepError as error:
                     problem = error
+                if not (replicator.busy or replicator.dirty or self._map.is_dirty):
+                    break
+            # Nothing was changed since that flush, and from here on all changes attach again.
             self.attachment = self.replicator = self._flusher = None
             if self._scope:
                 self._scope.cancel()
@@ -186,8 +196,10 @@ class Volume:
             self._reader.token = 0
             flusher.fail_waiting()
             self.record = self._current_record()
-            clean = problem is None and not replicator.fenced and not self._converge
+            self._map = VdiMap(self.record.maps, self._load_map)
+            clean = problem is None and replicator.level and not self._converge
             await self._attacher.detach(attachment, self.record, clean=clean)
+            self.record = dataclasses.replace(self.record, clean=clean)
             if problem is not None:
                 raise problem
 
@@ -275,7 +287,7 @@ class Volume:
         oid = data_object(layer, index)
         if replicator is not None:
             state = replicator.state(oid) if self._converge else replicator.objects.get(oid)
-            if state is not None and not state.ready and (self._converge or state.opening):
+            if state is not None and not state.ready and (self._converge or state.uneven):
                 self._later(
                     lambda: self._open_and_read(replicator, state, within, length, done),
                     _failed(done),
@@ -297,12 +309,16 @@ class Volume:
         return bool(self._map_read) and trio.current_time() - self._map_read < READER_MAP_S
 
     async def _read_as_reader(self, offset: int, length: int, done: ReadDone) -> None:
+        await self._look_again()
+        self.read(offset, length, done)
+
+    async def _look_again(self) -> None:
         """Without holding the VDI: after a crash of the holder, first converge (I2)."""
         if not self.record.clean and not await self._attacher.is_held(self.record.id):
             await self.attach()
-        self._map.forget_clean()
-        self._map_read = trio.current_time()
-        self.read(offset, length, done)
+        if self.attachment is None:
+            self._map.forget_clean()
+            self._map_read = trio.current_time()
 
     def refresh(self, name: str, record: VdiRecord) -> None:
         """Take a record read from etcd, while this mount does not hold the VDI."""
@@ -412,6 +428,9 @@ class Volume:
             vdi_map.end_create(index, not code)
             if code:
                 self._allocated -= OBJECT_SIZE
+                if self._flusher is not None:
+                    # Some members may have made it.
+                    self._flusher.discarded[oid] = state.version
             done(code)
 
         replicator.change(state, Op.WRITE, within, len(data), data, created, FLAG_CREATE)
@@ -425,9 +444,17 @@ class Volume:
         if length <= 0:
             return
         self._modified = time.time()
-        for index, within, size in split(offset, length):
-            whole = within == 0 and (size == OBJECT_SIZE or offset + length >= self._size)
-            await self._punch_piece(index, within, OBJECT_SIZE if whole else size)
+        end = offset + length
+        to_the_end = end >= self._size
+        last = object_count(end)
+        index = self._map.skip_holes(offset // OBJECT_SIZE, last)
+        while index < last:
+            start = max(offset - index * OBJECT_SIZE, 0)
+            stop = min(end - index * OBJECT_SIZE, OBJECT_SIZE)
+            if to_the_end and index == last - 1:
+                stop = OBJECT_SIZE
+            await self._punch_piece(index, start, stop - start)
+            index = self._map.skip_holes(index + 1, last)
 
     async def _punch_piece(self, index: int, within: int, size: int) -> None:
         if self._map.get(index) is None:
@@ -437,10 +464,12 @@ class Volume:
         if not layer or replicator is None or flusher is None:
             return
         oid = data_object(layer, index)
-        if size == OBJECT_SIZE:
+        if size == OBJECT_SIZE and index not in self._map.creating:
             state = replicator.state(oid)
             if not state.ready:
                 await replicator.open(state)
+            if self._map.get(index) != layer or index in self._map.creating:
+                return  # Somebody else punched it meanwhile.
             self._map.discard(index)
             flusher.discarded[oid] = state.version
             self._allocated -= OBJECT_SIZE
@@ -453,11 +482,16 @@ class Volume:
         """Cut or grow; what is cut is gone."""
         check_vdi_size(size)
         await self.attach()
-        if size < self._size:
+        cut = size < self._size
+        if cut:
             await self.punch(size, self._size - size)
         self._size = size
         self._modified = time.time()
-        await self._save()
+        if cut and self._flusher is not None:
+            # The size is saved behind the holes: nobody may find the former bytes beyond it.
+            await completion(self._flusher.flush)
+        else:
+            await self._save()
 
     async def seek_data(self, offset: int) -> int | None:
         """Give the first offset >= `offset` that may hold data; None if there is none."""
@@ -470,9 +504,14 @@ class Volume:
 
     async def _seek(self, offset: int, *, data: bool) -> int | None:
         if not self.attachment and not self._reader_map_is_good():
-            self._map.forget_clean()
-            self._map_read = trio.current_time()
-        return await seek(self._map, self._reader, self._size, offset, data=data)
+            await self._look_again()
+        return await seek(self._map, self._extents, self._size, offset, data=data)
+
+    async def _extents(self, oid: int) -> bytes:
+        replicator = self.replicator
+        if self._converge and replicator is not None:
+            await replicator.open(replicator.state(oid))
+        return await self._reader.extents(oid)
 
     # -- flush ------------------------------------------------------------------------------
 

@@ -12,10 +12,10 @@ from typing import cast
 import trio
 
 from fakes.static_cluster import StaticCluster
-from sheepfs.core.wire import Buffer
 from sheepfs.callbacks import completion
 from sheepfs.core.errors import HeldElsewhereError
 from sheepfs.core.metadata import Keys, VdiRecord
+from sheepfs.core.wire import Buffer
 from sheepfs.net.attach import Attachment
 from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router

@@ -7,13 +7,14 @@ written later; and what is read then stays.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
 import pytest
 import trio
 
-from fakes.static_cluster import PG_COUNT, StaticCluster, static_cluster
+from fakes.static_cluster import PG_COUNT, StaticCluster, StaticNode, static_cluster
 from fakes.static_mount import COPIES, LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
@@ -97,7 +98,7 @@ class Model:
     def may_be(self, found: bytes) -> None:
         """Check bytes found after an unclean end, range by range of the same changes."""
         borders = sorted({0, MAX_SIZE, *(b for start, end, _ in self.since for b in (start, end))})
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in pairwise(borders):
             fills = {fill for s, e, fill in self.since if s <= start and end <= e}
             here, before = found[start:end], bytes(self.flushed[start:end])
             if here == before or any(here == bytes([fill]) * len(here) for fill in fills):
