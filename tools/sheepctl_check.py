@@ -38,7 +38,7 @@ from sheepfs.core.geometry import (
 )
 from sheepfs.core.metadata import VdiRecord
 from sheepfs.core.wire import Op
-from sheepfs.net.client import Link, connect_node
+from sheepfs.net.link import Link, connect_node
 from sheepfs_tools.sheepctl_session import Session
 
 ATTEMPTS = 20

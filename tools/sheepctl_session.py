@@ -14,8 +14,8 @@ from sheepfs.core.errors import SheepError
 from sheepfs.core.metadata import ClusterConfig, Keys
 from sheepfs.core.wire import Op
 from sheepfs.net.catalog import Catalog
-from sheepfs.net.client import connect_node
 from sheepfs.net.etcd import Etcd
+from sheepfs.net.link import connect_node
 from sheepfs.net.store import Store
 
 NODE_TIMEOUT_S = 3.0

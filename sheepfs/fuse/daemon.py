@@ -10,12 +10,12 @@ import logging
 import logging.handlers
 import os
 import signal
-import socket
 import sys
 import syslog
 from collections.abc import Iterator
 
 from sheepfs.core.errors import SheepError, UsageError
+from sheepfs.service import notify
 
 log = logging.getLogger(__name__)
 
@@ -75,17 +75,7 @@ def log_to_syslog(*, verbose: bool) -> None:
 
 def notify_systemd() -> None:
     """Tell systemd that the service is ready, if it asked for that (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
-            notify.connect(address)
-            notify.send(f"READY=1\nMAINPID={os.getpid()}".encode())
-    except OSError as error:
-        log.warning("systemd cannot be told that the mount is ready: %s", error)
+    notify(f"READY=1\nMAINPID={os.getpid()}")
 
 
 class Child:
