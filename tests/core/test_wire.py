@@ -59,8 +59,8 @@ def test_a_frame_survives_encoding(
 ) -> None:
     frame = encode(session, op, request, payload, **fields) + payload
     assert frame_length(frame, 0) == len(frame) == HEADER_SIZE + len(payload)
-    header, payload = decode(session, memoryview(frame))
-    assert (header.op, header.request) == (op, request)
+    header, found = decode(session, memoryview(frame))
+    assert (header.op, header.request, found) == (op, request, payload)
     assert {name: getattr(header, name) for name in fields} == fields
 
 
