@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,7 @@ import trio
 
 from sheepfs.core.clustermap import ClusterMap, PlacementGroup
 from sheepfs.core.errors import (
+    NoSpaceError,
     ObjectNotFoundError,
     ProtocolError,
     RecoveringError,
@@ -78,6 +80,8 @@ class Recovery:
         self._tell_joined = tell_joined
         self._changed = trio.Event()
         self._limit = trio.CapacityLimiter(PARALLEL_PULLS)
+        self._to_keep: dict[int, int] = {}
+        """Fences learned and not durable yet."""
         self.groups_left = 0
 
     def map_changed(self) -> None:
@@ -108,14 +112,14 @@ class Recovery:
         self.groups_left = len(joining)
         if not joining:
             return True
+        await self._learn_fences(joining)
         done: list[JoinedGroup] = []
-        learned: set[int] = set()
         queue = iter(joining)
 
         async def worker() -> None:
             for copies, number, group in queue:
                 try:
-                    await self._catch_up(copies, number, group, learned)
+                    await self._catch_up(copies, number, group)
                     done.append(JoinedGroup(copies, number, group.changed))
                 except SheepError as error:
                     log.debug("group %d of pool %d must wait: %s", number, copies, error)
@@ -124,19 +128,48 @@ class Recovery:
             for _ in range(PARALLEL_GROUPS):
                 nursery.start_soon(worker)
         if done:
+            try:
+                await self._replica.keep_tokens(self._to_keep)
+                self._to_keep.clear()
+            except NoSpaceError as error:
+                log.error("cannot join: %s", error)
+                return False
             await self._replica.flush_store(None)
             await self._tell_joined(done)
         # Not finished until the leader's next map says so.
         return False
 
-    async def _catch_up(
-        self, copies: int, number: int, group: PlacementGroup, learned: set[int]
-    ) -> None:
+    async def _learn_fences(self, joining: list[tuple[int, int, PlacementGroup]]) -> None:
+        """Before any change: a holder fenced while this node was away may still be writing (I6).
+
+        The source must know the epoch in which this node joins: whoever attaches after its
+        answer fences this node itself.
+        """
+        sources: dict[int, list[tuple[int, int, PlacementGroup]]] = {}
+        for copies, number, group in joining:
+            if not self._replica.is_guarded(copies, number):
+                with suppress(UnreachableError):
+                    node = self._source(group).node
+                    sources.setdefault(node, []).append((copies, number, group))
+        epoch = self._replica.map.epoch
+        for node, groups in sources.items():
+            link = self._peers.link(node)
+            if link is None:
+                continue
+            try:
+                known = await link.call_json(Op.LIST, epoch=epoch, timeout_s=PULL_TIMEOUT_S)
+                tokens = {int(vdi): int(token) for vdi, token in known.items()}
+            except (SheepError, AttributeError, TypeError, ValueError) as error:
+                log.info("node %d does not tell its fences: %s", node, error)
+                continue
+            self._to_keep.update(self._replica.learn_tokens(tokens))
+            for copies, number, group in groups:
+                self._replica.guard(copies, number, group.changed)
+
+    async def _catch_up(self, copies: int, number: int, group: PlacementGroup) -> None:
+        if not self._replica.is_guarded(copies, number):
+            raise RecoveringError("the fences are not known yet")
         source = self._source(group)
-        if source.node not in learned:
-            known = await source.call_json(Op.LIST, timeout_s=PULL_TIMEOUT_S)
-            await self._replica.learn_tokens({int(v): int(t) for v, t in known.items()})
-            learned.add(source.node)
         rows = await source.call_json(
             Op.LIST,
             pool=copies,

@@ -6,7 +6,8 @@ Always holds:
   `held` (being marked, pulled or laundered) they queue.
 - A write applies only on the version it names; a later version already there means that it was
   applied before (a retry), since each version builds on the one before.
-- A joining node trusts none of its objects until they were compared with a sync member (`fresh`).
+- A joining node trusts none of its objects until they were compared with a sync member (`fresh`),
+  and takes no change before it knows which holders were fenced while it was away (`guard`).
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class Replica:
         self.gate = Gate(self.map, node, incarnation)
         self.tokens = store.tokens()
         self.fresh = Fresh()
+        self._guarded: dict[tuple[int, int], int] = {}
         self.counters = Counters()
         self.puller: Puller | None = None
         self._nursery = nursery
@@ -331,6 +333,8 @@ class Replica:
         entry: StoredObject | None,
     ) -> None:
         """Carry out a change, or find out what has to come first (docs/wire.md)."""
+        if role is Role.JOINING and not self.is_guarded(header.pool, header.pg):
+            raise Refusal(Status.BUSY, "this node has yet to learn who was fenced meanwhile")
         check_range(header)
         oid = header.oid
         if entry is None:
@@ -533,6 +537,8 @@ class Replica:
     def _list(self, client: Client, header: Header, payload: Buffer) -> None:
         """Objects and versions of one group, for a node that joins it; pool 0: the tokens."""
         if header.pool == 0:
+            if header.epoch > self.map.epoch:
+                raise Refusal(Status.BUSY, f"this node only knows epoch {self.map.epoch}")
             client.reply(header, json.dumps(self.tokens).encode())
             return
         self.gate.check_sync(header)
@@ -556,12 +562,24 @@ class Replica:
         except SheepError as error:
             self._fail(client, header, error)
 
-    async def learn_tokens(self, tokens: dict[int, int]) -> None:
-        """Take over the fences that a peer knows, before serving anything with it."""
+    def learn_tokens(self, tokens: dict[int, int]) -> dict[int, int]:
+        """Take over the fences that a peer knows; give those that are new and to be kept."""
+        new = {vdi: t for vdi, t in tokens.items() if t > self.tokens.get(vdi, 0)}
+        self.tokens.update(new)
+        return new
+
+    def guard(self, pool: int, pg: int, changed: int) -> None:
+        """From here on take changes of a group that this node joins: their fences are known."""
+        self._guarded[pool, pg] = changed
+
+    def is_guarded(self, pool: int, pg: int) -> bool:
+        """Tell whether this node knows the fences of a group since it began to join it."""
+        return self._guarded.get((pool, pg)) == self.map.pools[pool][pg].changed
+
+    async def keep_tokens(self, tokens: dict[int, int]) -> None:
+        """Make fences durable. Raises DiskError, NoSpaceError."""
         for vdi, token in tokens.items():
-            if token > self.tokens.get(vdi, 0):
-                self.tokens[vdi] = token
-                await trio.to_thread.run_sync(self.store.set_token, vdi, token)
+            await trio.to_thread.run_sync(self.store.set_token, vdi, token)
 
 
 def check_range(header: Header) -> None:
