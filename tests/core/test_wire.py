@@ -60,7 +60,7 @@ def test_a_frame_survives_encoding(
     frame = encode(session, op, request, payload, **fields) + payload
     assert frame_length(frame, 0) == len(frame) == HEADER_SIZE + len(payload)
     header, found = decode(session, memoryview(frame))
-    assert (header.op, header.request, found) == (op, request, payload)
+    assert (header.op, header.request, bytes(found)) == (op, request, payload)
     assert {name: getattr(header, name) for name in fields} == fields
 
 
