@@ -28,6 +28,8 @@ async def seek(
     Raises:
         SheepError: a map page or an object cannot be read.
     """
+    if offset >= size:
+        return None
     index = offset // OBJECT_SIZE
     end = object_count(size)
     while index < end:

@@ -23,7 +23,7 @@ from sheepfs.core.wire import Op
 
 MAX_SIZE = 3 * OBJECT_SIZE + 70_001
 EDGES = (0, 1, 511, 4095, 4096, 4097, 65536)
-OPERATIONS = 450
+OPERATIONS = 400
 Change = tuple[int, int, int]
 """Start, end and the byte that fills it; what a cut removes is filled with zeros."""
 
