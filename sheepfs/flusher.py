@@ -93,6 +93,11 @@ class Flusher:
         if self._waiters:
             self._wanted.set()
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether anybody waits for a flush."""
+        return bool(self._waiters or self._served or self._busy)
+
     def fail_waiting(self) -> None:
         """Answer everybody with EIO: the VDI is being let go."""
         self._closed = True

@@ -186,7 +186,8 @@ class Volume:
                     await completion(flusher.flush)
                 except SheepError as error:
                     problem = error
-                if not (replicator.busy or replicator.dirty or self._map.is_dirty):
+                unflushed = replicator.busy or replicator.dirty or self._map.is_dirty
+                if not unflushed and not flusher.is_asked:
                     break
             # Nothing was changed since that flush, and from here on all changes attach again.
             self.attachment = self.replicator = self._flusher = None
@@ -394,7 +395,8 @@ class Volume:
         replicator = self.replicator
         layer = self._map.get(index)
         if replicator is None:
-            done(errno.EIO)
+            # Detached while this piece waited for the map.
+            self._later(lambda: self._attach_and_write_piece(index, within, data, done), done)
         elif layer == self.record.layer:
             oid = data_object(layer, index)
             state = replicator.objects.get(oid) or replicator.state(oid)
@@ -406,6 +408,12 @@ class Volume:
         else:
             log.error("%s: object %d belongs to layer %d, not the VDI's", self.name, index, layer)
             done(errno.EIO)
+
+    async def _attach_and_write_piece(
+        self, index: int, within: int, data: Buffer, done: Completed
+    ) -> None:
+        await self.attach()
+        self._write_piece(index, within, data, done)
 
     async def _load_and_write(self, index: int, within: int, data: Buffer, done: Completed) -> None:
         await self._map.load(index)
