@@ -42,6 +42,15 @@ REPLY = 0x80
 """Set in `op` of a reply."""
 FLAG_CREATE = 1
 """WRITE: whatever the object held before is void; what is not written reads as zeros."""
+FLAG_COPY = 2
+"""WRITE, PUNCH: whatever the object held before is void; it becomes a copy of the object of the
+layer that the payload's first 8 bytes name, at version `prev`, and then the range is changed."""
+BASE = struct.Struct("<Q")
+"""What stands before the data of a change with `FLAG_COPY`: the layer that is copied."""
+FLAG_KEEP_MAPS = 1
+"""RECLAIM: the layer's map objects are in use."""
+RANGE = struct.Struct("<II")
+"""RECLAIM's payload: index ranges [start, end) of the layer's data objects that are in use."""
 
 
 class Op(IntEnum):
@@ -66,6 +75,8 @@ class Op(IntEnum):
     STATUS = 17
     RECLAIM = 18
     ACKS = 19
+    SUMS = 20
+    LAYOUT = 21
 
 
 class Header(NamedTuple):
