@@ -10,15 +10,20 @@ Source: docs/etcd.md lists every key with an example.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
 from sheepfs.core.clustermap import MAX_COPIES
 from sheepfs.core.errors import ProtocolError, UsageError
 from sheepfs.core.geometry import MAX_VDI_SIZE
 
-FORMAT = 1
+FORMAT = 2
+"""2: layer ids carry family and copies; snapshots, trash."""
 MAX_NAME_BYTES = 128
+MAX_TAG_BYTES = 64
+MAX_ATTRIBUTES_BYTES = 4096
+"""All attributes of a VDI or snapshot together, names and values."""
 
 
 class Keys:
@@ -38,6 +43,11 @@ class Keys:
         self.locks = self.root + "locks/"
         self.layers = self.root + "layers/"
         self.trash = self.root + "trash/"
+        self.snapshots = self.root + "snapshots/"
+        self.retired = self.root + "retired/"
+        self.requests = self.root + "requests/"
+        self.building = self.root + "building/"
+        self.reclaim = self.root + "reclaim/"
         self.counters = self.root + "counters/"
 
     def node(self, node: int) -> str:
@@ -68,9 +78,37 @@ class Keys:
         """Key of a layer's birth."""
         return f"{self.layers}{layer}"
 
-    def trashed(self, layer: int) -> str:
-        """Key of a layer whose VDI was deleted and whose objects are still to be freed."""
-        return f"{self.trash}{layer}"
+    def trashed(self, item: int) -> str:
+        """Key of a deleted VDI or snapshot that can still be restored."""
+        return f"{self.trash}{item}"
+
+    def snapshots_of(self, vdi: int) -> str:
+        """Prefix of a VDI's snapshots."""
+        return f"{self.snapshots}{vdi}/"
+
+    def snapshot(self, vdi: int, tag: str) -> str:
+        """Key of a snapshot's record."""
+        return f"{self.snapshots}{vdi}/{tag}"
+
+    def retired_name(self, name: str) -> str:
+        """Key that keeps the name of a deleted VDI for its snapshots."""
+        return self.retired + name
+
+    def requests_to(self, vdi: int) -> str:
+        """Prefix of what others ask of a VDI's holder."""
+        return f"{self.requests}{vdi}/"
+
+    def request(self, vdi: int, number: str) -> str:
+        """Leased key of one request to a VDI's holder."""
+        return f"{self.requests}{vdi}/{number}"
+
+    def building_layer(self, layer: int) -> str:
+        """Leased key of a layer whose map is being made: reclaim leaves it alone."""
+        return f"{self.building}{layer}"
+
+    def reclaim_family(self, family: int) -> str:
+        """Key that asks for a look at what a family does not use any more."""
+        return f"{self.reclaim}{family}"
 
     def counter(self, what: str) -> str:
         """Key of the last id given out: `node`, `vdi` or `layer`."""
@@ -106,6 +144,8 @@ class Record:
                     "float": isinstance(value, int | float) and not isinstance(value, bool),
                     "str": isinstance(value, str),
                     "bool": isinstance(value, bool),
+                    "dict[str, str]": isinstance(value, dict)
+                    and all(isinstance(v, str) for v in value.values()),
                 }[str(kind)]
                 if not good:
                     raise ProtocolError(f"{cls.__name__}.{name} is {value!r}, not {kind}")
@@ -164,7 +204,15 @@ class VdiRecord(Record):
     size: int
     copies: int
     layer: int
-    """The active layer: its map objects tell where every object of the VDI is."""
+    """The open layer: it takes writes."""
+    map: int
+    """The layer id under which the VDI's map objects are stored."""
+    family: int
+    """The first layer of the VDI that this one goes back to: what may share data."""
+    next: int = 0
+    """A second open layer, while a snapshot is under way."""
+    parent: int = 0
+    """Id of the snapshot made of it last, rolled back to, or cloned; 0: none."""
     generation: int = 0
     """Grows with each attach: high bits of the versions that the holder gives out."""
     clean: bool = True
@@ -176,9 +224,34 @@ class VdiRecord(Record):
     modified: float = 0.0
     changed: float = 0.0
     maps: int = 0
-    """Bit i is set when the active layer's map object i exists: missing is never zeros (I3)."""
+    """Bit i is set when map object i exists: missing is never zeros (I3)."""
     allocated: int = 0
-    """Bytes of objects that the VDI owned when it was last flushed."""
+    """Bytes of objects that the VDI's map named when it was last flushed."""
+    attributes: dict[str, str] = field(default_factory=dict)
+    """What users keep with it (`user.*` extended attributes, without the prefix)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRecord(Record):
+    """`snapshots/<vdi id>/<tag>`: a VDI at one moment. Its id is of the VDIs' counter."""
+
+    id: int
+    vdi: int
+    size: int
+    copies: int
+    map: int
+    family: int
+    maps: int = 0
+    parent: int = 0
+    """The snapshot before it, in the VDI that it was made of."""
+    allocated: int = 0
+    created: float = 0.0
+    protected: bool = False
+    """Not to be deleted."""
+    mode: int = 0o444
+    uid: int = 0
+    gid: int = 0
+    attributes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,24 +275,39 @@ class NameRecord(Record):
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord(Record):
-    """`layers/<id>`: one generation of a VDI's data."""
+    """`layers/<id>`: from a layer's birth until its last object is gone."""
 
     vdi: int
+    family: int
     created: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class TrashRecord(Record):
-    """`trash/<layer id>`: what is needed to free the objects of a deleted VDI's layer."""
+    """`trash/<id>`: a deleted VDI or snapshot; all its data is kept until it is purged."""
 
-    layer: int
-    vdi: int
-    copies: int
-    size: int
-    """Bytes; objects may lie beyond it if the VDI was cut while a node was away."""
-    maps: int = 0
-    """Bit i is set when map object i of the layer existed."""
-    deleted: float = 0.0
+    id: int
+    name: str
+    """The VDI's name, `vm1.raw`."""
+    tag: str
+    """The snapshot's tag; empty for a VDI."""
+    family: int
+    deleted: float
+    until: float
+    """When it is purged, in seconds since 1970."""
+    record: str
+    """The VdiRecord or SnapshotRecord as it was, JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord(Record):
+    """`requests/<vdi id>/<number>`, leased by who asks: to be done by the VDI's holder."""
+
+    what: str
+    """`snapshot`, `clone`, `freeze` or `resize`."""
+    arguments: dict[str, str] = field(default_factory=dict)
+    outcome: str = ""
+    """Written by the holder: `done`, or `error: ` and the reason."""
 
 
 def check_cluster_name(name: str) -> None:
@@ -245,6 +333,29 @@ def check_vdi_name(name: str) -> None:
         raise UsageError(f"VDI name {name!r} has a '/' or a character that cannot be printed")
 
 
+def check_tag(tag: str) -> None:
+    """Refuse snapshot tags that cannot be part of a file name in the mount (UsageError)."""
+    size = len(tag.encode(errors="surrogateescape"))
+    if not 1 <= size <= MAX_TAG_BYTES:
+        raise UsageError(f"snapshot tag of {size} bytes: use 1 to {MAX_TAG_BYTES}")
+    if tag.startswith((".", "-")) or "@" in tag or "/" in tag or not tag.isprintable():
+        raise UsageError(
+            f"snapshot tag {tag!r}: no '@', '/' or control characters, no '.' or '-' in front"
+        )
+
+
+def check_attributes(attributes: Mapping[str, str]) -> None:
+    """Refuse attributes that do not fit in a record (UsageError)."""
+    for name in attributes:
+        if not name or len(name) > 200 or not name.isprintable():
+            raise UsageError(f"attribute name {name!r}: use 1 to 200 printable characters")
+    size = sum(len(k.encode(errors="surrogateescape")) for pair in attributes.items() for k in pair)
+    if size > MAX_ATTRIBUTES_BYTES:
+        raise UsageError(
+            f"attributes of {size} bytes: all together may have {MAX_ATTRIBUTES_BYTES}"
+        )
+
+
 def check_vdi_size(size_bytes: int) -> None:
     """Refuse sizes that a VDI cannot have (UsageError)."""
     if not 0 <= size_bytes <= MAX_VDI_SIZE:
@@ -260,3 +371,22 @@ def check_copies(copies: int) -> None:
 def full_name(name: str) -> str:
     """Give the name in the mount for a name from the command line: `vm1` means `vm1.raw`."""
     return name if name.endswith(".raw") else name + ".raw"
+
+
+def snapshot_file(name: str, tag: str) -> str:
+    """Give the file name of a snapshot: `daily` of `vm1.raw` is `vm1@daily.raw`."""
+    stem, suffix = (name[:-4], ".raw") if name.endswith(".raw") else (name, "")
+    return f"{stem}@{tag}{suffix}"
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Give (VDI, tag) for a file name in the mount; the tag is empty for a VDI's own name.
+
+    `vm1@daily.raw` is (`vm1.raw`, `daily`), and so is `vm1.raw@daily`.
+    """
+    stem, at, tag = text.partition("@")
+    if not at:
+        return text, ""
+    if tag.endswith(".raw"):
+        return stem + ".raw", tag[:-4]
+    return stem, tag
