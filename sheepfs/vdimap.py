@@ -108,11 +108,15 @@ class VdiMap:
         else:
             self._set(index, 0)
 
+    def replace(self, index: int, layer: int) -> None:
+        """The object of `index` is that of another layer now; it exists on all members."""
+        self._set(index, layer)
+        self._dirty.add(index // MAP_ENTRIES_PER_BLOCK)
+
     def discard(self, index: int) -> None:
         """Make an object a hole."""
         self.creating.discard(index)
-        self._set(index, 0)
-        self._dirty.add(index // MAP_ENTRIES_PER_BLOCK)
+        self.replace(index, 0)
 
     def _set(self, index: int, layer: int) -> None:
         number, entry = divmod(index, MAP_ENTRIES_PER_BLOCK)

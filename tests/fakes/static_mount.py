@@ -14,6 +14,7 @@ import trio
 from fakes.static_cluster import StaticCluster
 from sheepfs.callbacks import completion
 from sheepfs.core.errors import HeldElsewhereError
+from sheepfs.core.geometry import make_layer
 from sheepfs.core.metadata import Keys, VdiRecord
 from sheepfs.core.wire import Buffer
 from sheepfs.net.attach import Attachment
@@ -22,8 +23,9 @@ from sheepfs.net.router import Router
 from sheepfs.net.store import Store
 from sheepfs.volume import Volume
 
-VDI = LAYER = 2
+VDI = 2
 COPIES = 3
+LAYER = make_layer(2, 2, COPIES)
 DEADLINE_S = 15.0
 
 
@@ -31,7 +33,7 @@ class StaticRecord:
     """What etcd has of the one VDI: its record and who holds it."""
 
     def __init__(self, size: int = 0) -> None:
-        self.record = VdiRecord(VDI, size, COPIES, LAYER)
+        self.record = VdiRecord(VDI, size, COPIES, LAYER, LAYER, LAYER)
         self.holder: StaticMount | None = None
         self.token = 0
 
@@ -85,7 +87,11 @@ class StaticMount:
         was_clean = etcd.record.clean
         etcd.token += 1
         etcd.record = dataclasses.replace(
-            etcd.record, generation=etcd.record.generation + 1, clean=False
+            etcd.record,
+            generation=etcd.record.generation + 1,
+            clean=False,
+            layer=etcd.record.next or etcd.record.layer,
+            next=0,
         )
         await fence_everywhere(self.router, vdi, etcd.token)
         return Attachment(
