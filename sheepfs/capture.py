@@ -10,6 +10,7 @@ Source: docs/snapshots.md.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Captured:
 
     size: int
     map: int
-    """The layer id of the map's copy."""
+    """The layer id of the map's copy; 0: none was asked for."""
     maps: int
     """Bit i is set when map object i exists."""
     allocated: int
@@ -42,7 +43,7 @@ class Captured:
 
 
 Begin = Callable[[int], Awaitable[tuple[int, int]]]
-"""`await begin(open layer)`: (next open layer, layer id for the map's copy)."""
+"""`await begin(open layer)`: (next open layer, layer id for the map's copy; 0: no copy)."""
 Commit = Callable[[Captured], Awaitable[None]]
 
 
@@ -63,15 +64,12 @@ async def capture(volume: Volume, begin: Begin, commit: Commit) -> None:
         finally:
             volume.release_changes()
         await flusher.store(pages)
-        frozen = frozen_with(frozen, volume.captured(target).maps)
-        await copy_maps(replicator, volume.record.map, target, frozen.maps)
-        await replicator.unflushed.make_durable()
+        # Storing the pages may have made map objects.
+        frozen = dataclasses.replace(frozen, maps=volume.captured(target).maps)
+        if target:
+            await copy_maps(replicator, volume.record.map, target, frozen.maps)
+            await replicator.unflushed.make_durable()
     await commit(frozen)
-
-
-def frozen_with(frozen: Captured, maps: int) -> Captured:
-    """Give a capture with the map objects that storing its pages made."""
-    return Captured(frozen.size, frozen.map, maps, frozen.allocated, frozen.layer)
 
 
 async def copy_maps(replicator: Replicator, source: int, target: int, maps: int) -> None:

@@ -171,6 +171,11 @@ class Flusher:
     async def _flush(self) -> None:
         await self.store(self.begin())
 
+    def restart(self, layer: int, vdi_map: VdiMap) -> None:
+        """Go on with another map, stored under another layer id; flushes are paused."""
+        self._layer, self._map = layer, vdi_map
+        self.discarded = {}
+
     def begin(self) -> Taken:
         """Take what is to be stored, as it is at this moment."""
         discarded, self.discarded = self.discarded, {}

@@ -44,14 +44,20 @@ class FrozenVolume(MapReader):
         """Size in bytes."""
         return self.record.size
 
-    @property
-    def map(self) -> VdiMap:
-        """What the snapshot is made of."""
-        return self._map
-
     def attributes(self) -> Attributes:
         """What a file shows."""
         return snapshot_attributes(self.name, self.record)
+
+    async def entries(self, first: int, last: int) -> dict[int, int]:
+        """Give index -> owning layer of [`first`, `last`)."""
+        found: dict[int, int] = {}
+        for index in range(first, last):
+            layer = self._map.get(index)
+            if layer is None:
+                await self._map.load(index)
+                layer = self._map.get(index)
+            found[index] = layer or 0
+        return found
 
     def refresh(self, name: str, record: SnapshotRecord) -> None:
         """Take a record read from etcd: the snapshot may have got another name."""

@@ -13,7 +13,7 @@ import dataclasses
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol
 
@@ -21,10 +21,10 @@ import trio
 
 from sheepfs.backend import Attributes, Done, ReadDone
 from sheepfs.callbacks import Completed, completion, countdown
-from sheepfs.capture import Begin, Captured, Commit, capture
+from sheepfs.capture import Begin, Captured, Commit, capture, copy_maps
 from sheepfs.convergence import converge
 from sheepfs.copyonwrite import CopyOnWrite
-from sheepfs.core.errors import SheepError
+from sheepfs.core.errors import FencedError, SheepError
 from sheepfs.core.geometry import (
     MAX_VDI_SIZE,
     OBJECT_SIZE,
@@ -68,8 +68,10 @@ class Attacher(Protocol):
         """Keep size and usage in etcd."""
         ...
 
-    async def detach(self, attachment: Attachment, record: VdiRecord, *, clean: bool) -> None:
-        """Let others attach."""
+    async def detach(
+        self, attachment: Attachment, record: VdiRecord, *, clean: bool, dropped: bool
+    ) -> None:
+        """Let others attach; `dropped`: objects of frozen layers may be dead now."""
         ...
 
 
@@ -113,6 +115,7 @@ class Volume(MapReader):
         self._scope: trio.CancelScope | None = None
         self._direct = False
         """Changes may go on: attached, and no snapshot holds them up."""
+        self._borrowed = False
         self._held: list[Callable[[], None]] = []
         """Changes that came while a snapshot held them up, in order."""
         self._passing = 0
@@ -151,6 +154,25 @@ class Volume(MapReader):
         Raises:
             HeldElsewhereError: another mount holds it; at once.
         """
+        self._borrowed = False
+        await self._attach()
+
+    async def borrow(self) -> None:
+        """Become the writer until `give_back`, unless somebody attaches meanwhile.
+
+        Raises:
+            HeldElsewhereError: another mount holds it; at once.
+        """
+        self._borrowed = self._borrowed or self.attachment is None
+        await self._attach()
+
+    async def give_back(self) -> None:
+        """Let the VDI go if it was attached by `borrow` alone."""
+        if self._borrowed:
+            self._borrowed = False
+            await self.detach()
+
+    async def _attach(self) -> None:
         async with self._attaching:
             if self.attachment is not None:
                 return
@@ -189,9 +211,10 @@ class Volume(MapReader):
         self.flusher = Flusher(
             self.name, record.map, replicator, self._map, self._save_if_changed, self._is_saved
         )
-        self._copies = CopyOnWrite(
-            replicator, self._reader, self._map, self._nursery, self._half_made
-        )
+        self._copies = self._new_copies(replicator)
+
+    def _new_copies(self, replicator: Replicator) -> CopyOnWrite:
+        return CopyOnWrite(replicator, self._reader, self._map, self._nursery, self._half_made)
 
     def _half_made(self, oid: int, version: int) -> None:
         """Some members may have an object that the map will not name."""
@@ -220,6 +243,7 @@ class Volume(MapReader):
                 unflushed = self._is_busy(replicator) or replicator.unflushed.groups
                 if not unflushed and not self._map.is_dirty and not flusher.is_asked:
                     break
+            dropped = self._copies is not None and self._copies.copied > 0
             # Nothing was changed since that flush, and from here on all changes attach again.
             self.attachment = self.replicator = self.flusher = self._copies = None
             self._direct = False
@@ -231,7 +255,7 @@ class Volume(MapReader):
             self.record = dataclasses.replace(self._current_record(), layer=self.open_layer, next=0)
             self._map = VdiMap(self.record.maps, self._load_map)
             clean = problem is None and replicator.level and not self._converge
-            await self._attacher.detach(attachment, self.record, clean=clean)
+            await self._attacher.detach(attachment, self.record, clean=clean, dropped=dropped)
             self.record = dataclasses.replace(self.record, clean=clean)
             if problem is not None:
                 raise problem
@@ -302,13 +326,13 @@ class Volume(MapReader):
         return bool(self._map_read) and trio.current_time() - self._map_read < READER_MAP_S
 
     async def _read_as_reader(self, offset: int, length: int, done: ReadDone) -> None:
-        await self._look_again()
+        await self.look_again()
         self.read(offset, length, done)
 
-    async def _look_again(self) -> None:
+    async def look_again(self) -> None:
         """Without holding the VDI: after a crash of the holder, first converge (I2)."""
         if not self.record.clean and not await self._attacher.is_held(self.record.id):
-            await self.attach()
+            await self._attach()
         if self.attachment is None:
             self._map.forget_clean()
             self._map_read = trio.current_time()
@@ -390,7 +414,7 @@ class Volume(MapReader):
         return grown
 
     async def _attach_and_write(self, offset: int, data: bytes, done: Done) -> None:
-        await self.attach()
+        await self._attach()
         self.write(offset, data, done)
 
     def _write_piece(self, index: int, within: int, data: Buffer, done: Completed) -> None:
@@ -425,7 +449,7 @@ class Volume(MapReader):
     async def _attach_and_write_piece(
         self, index: int, within: int, data: Buffer, done: Completed
     ) -> None:
-        await self.attach()
+        await self._attach()
         self._write_piece(index, within, data, done)
 
     async def _load_and_write(self, index: int, within: int, data: Buffer, done: Completed) -> None:
@@ -463,7 +487,7 @@ class Volume(MapReader):
 
     async def punch(self, offset: int, length: int) -> None:
         """Give back the space of a range; it reads as zeros."""
-        await self.attach()
+        await self._attach()
         length = min(length, self._size - offset)
         if length <= 0:
             return
@@ -482,7 +506,7 @@ class Volume(MapReader):
 
     async def _punch_piece(self, index: int, within: int, size: int) -> None:
         while not self._direct:
-            await self.attach()
+            await self._attach()
             await trio.sleep(GATE_POLL_S)
         self._passing += 1
         try:
@@ -537,7 +561,7 @@ class Volume(MapReader):
     async def resize(self, size: int) -> None:
         """Cut or grow; what is cut is gone."""
         check_vdi_size(size)
-        await self.attach()
+        await self._attach()
         cut = size < self._size
         if cut:
             await self.punch(size, self._size - size)
@@ -560,7 +584,7 @@ class Volume(MapReader):
 
     async def _seek(self, offset: int, *, data: bool) -> int | None:
         if not self.attachment and not self._reader_map_is_good():
-            await self._look_again()
+            await self.look_again()
         return await seek(self._map, self._extents, self._size, offset, data=data)
 
     async def _extents(self, oid: int) -> bytes:
@@ -587,9 +611,116 @@ class Volume(MapReader):
             SheepError: what `begin` or `commit` raised; or the data could not be made durable.
         """
         async with self._capturing:
-            await self.attach()
+            await self._attach()
             await self._converged.wait()
             await capture(self, begin, commit)
+
+    def committed(self, record: VdiRecord) -> None:
+        """Take the record as it is in etcd now."""
+        self.record = record
+        self._saved_size = record.size
+
+    async def replace_map(
+        self, source: int, target: int, maps: int, publish: Callable[[], Awaitable[VdiRecord]]
+    ) -> None:
+        """Go on with a copy of another map; what only the former one named is gone.
+
+        Args:
+            source: layer id of the map that is copied, of the same family.
+            target: layer id for the copy.
+            publish: makes it the VDI's in etcd; gives the record.
+        """
+        async with self._capturing:
+            await self._attach()
+            replicator, flusher = self.replicator, self.flusher
+            if replicator is None or flusher is None:
+                raise FencedError(f"{self.name} was let go meanwhile")
+            async with flusher.paused():
+                try:
+                    await self.hold_changes()
+                    await copy_maps(replicator, source, target, maps)
+                    await replicator.unflushed.make_durable()
+                    record = await publish()
+                    self.committed(record)
+                    self._size, self._allocated = record.size, record.allocated
+                    self._modified = record.modified
+                    self.open_layer = record.layer
+                    self._map = VdiMap(record.maps, self._load_map)
+                    flusher.restart(record.map, self._map)
+                    self._copies = self._new_copies(replicator)
+                    # Frozen objects were level when they were frozen.
+                    self._converging.cancel()
+                    self._converge = False
+                    self._converged.set()
+                finally:
+                    self.release_changes()
+
+    async def entries(self, first: int, last: int) -> dict[int, int]:
+        """Give index -> owning layer of [`first`, `last`), up to one that is being changed.
+
+        As it is stored, if another mount holds the VDI.
+        """
+        found: dict[int, int] = {}
+        for index in range(first, last):
+            if self._map.get(index) is None:
+                await self._map.load(index)
+        for index in range(first, last):
+            layer = self._map.get(index)
+            if layer is None or index in self._map.creating:
+                break
+            found[index] = layer
+        return found
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no byte of it was ever stored, as far as this holder knows."""
+        return not self._map.existing and not any(any(page) for page in self._map.pages.values())
+
+    async def share(self, entries: dict[int, int], size: int) -> dict[int, int]:
+        """Take over what a map of the same family names, in frozen layers; gives what was there.
+
+        Args:
+            entries: index -> layer, 0 for a hole.
+            size: the VDI has at least so many bytes afterwards.
+
+        Durability: with the next flush.
+        """
+        async with self._capturing:
+            await self._attach()
+            for index in entries:
+                if self._map.get(index) is None:
+                    await self._map.load(index)
+            if self.flusher is None:
+                raise FencedError(f"{self.name} was let go meanwhile")
+            before: dict[int, int] = {}
+            try:
+                await self.hold_changes()
+                for index, layer in entries.items():
+                    old = self._map.get(index) or 0
+                    if old == layer:
+                        continue
+                    before[index] = old
+                    self._map.replace(index, layer)
+                    self._allocated += (bool(layer) - bool(old)) * OBJECT_SIZE
+                self._size = max(self._size, size)
+                self._modified = time.time()
+            finally:
+                self.release_changes()
+            return before
+
+    async def drop(self, replaced: dict[int, int]) -> None:
+        """Let go of what `share` replaced: the map that does not name it is stored."""
+        for index, layer in replaced.items():
+            if not layer or self._copies is None or self.replicator is None:
+                continue
+            if layer != self.open_layer:
+                self._copies.copied += 1
+                continue
+            state = self.replicator.state(data_object(layer, index))
+            if not state.ready:
+                await self.replicator.open(state)
+            if self._map.get(index) != layer:
+                self._half_made(state.oid, state.version)
 
     def captured(self, map_layer: int) -> Captured:
         """Describe the VDI as it is, for a map copied to `map_layer`."""

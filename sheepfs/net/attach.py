@@ -260,12 +260,13 @@ async def force_unlock(store: Store, keys: Keys, which: str | int, fence: Fence)
         return "another version of sheepfs"
 
 
-async def _no_extra() -> tuple[list[Unchanged], list[Put | Delete]]:
+async def nothing_more() -> tuple[list[Unchanged], list[Put | Delete]]:
+    """Give no further conditions and changes."""
     return [], []
 
 
 async def _change(
-    attachment: Attachment, change: VdiChange, release: bool, extra: Extra = _no_extra
+    attachment: Attachment, change: VdiChange, release: bool, extra: Extra = nothing_more
 ) -> VdiRecord:
     async with attachment.changing:
         backoff = Backoff()
