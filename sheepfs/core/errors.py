@@ -157,6 +157,12 @@ class VdiExistsError(UsageError):
     errno = errno.EEXIST
 
 
+class ReadOnlyError(UsageError):
+    """A snapshot never changes."""
+
+    errno = errno.EROFS
+
+
 class ProtocolError(SheepError):
     """The peer sent bytes that are not this protocol; the connection ends."""
 
