@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -187,7 +187,7 @@ class Flusher:
         try:
             await unflushed.make_durable()
             if taken.pages:
-                await self._store_pages(taken.pages)
+                await store_pages(self._replicator, self._layer, self._map, taken.pages)
                 await unflushed.make_durable()
             await self._save()
         except BaseException:
@@ -196,23 +196,6 @@ class Flusher:
             raise
         for oid, version in taken.discarded.items():
             self._delete(oid, version)
-
-    async def _store_pages(self, pages: dict[int, bytes]) -> None:
-        for number, page in sorted(pages.items()):
-            map_index, place = divmod(number, PAGES_PER_OBJECT)
-            state = self._replicator.state(map_object(self._layer, map_index))
-            flags = 0
-            if not self._map.existing >> map_index & 1:
-                flags = FLAG_CREATE
-                state.ready = not state.opening
-            await completion(
-                lambda done, state=state, place=place, page=page, flags=flags: (  # type: ignore[misc]
-                    self._replicator.change(
-                        state, Op.WRITE, place * BLOCK_SIZE, BLOCK_SIZE, page, done, flags
-                    )
-                )
-            )
-            self._map.existing |= 1 << map_index
 
     def _delete(self, oid: int, version: int) -> None:
         """Free a discarded object's space; best effort, the map does not name it any more."""
@@ -232,3 +215,27 @@ class Flusher:
                 del replicator.objects[oid]
 
         replicator.change(state, Op.DELETE, 0, 0, b"", deleted)
+
+
+async def store_pages(
+    replicator: Replicator, layer: int, vdi_map: VdiMap, pages: Mapping[int, bytes]
+) -> None:
+    """Write map pages to the map objects of a layer id; `vdi_map.existing` learns of new ones.
+
+    Durability: none before the next flush. Raises: SheepError.
+    """
+    for number, page in sorted(pages.items()):
+        map_index, place = divmod(number, PAGES_PER_OBJECT)
+        state = replicator.state(map_object(layer, map_index))
+        flags = 0
+        if not vdi_map.existing >> map_index & 1:
+            flags = FLAG_CREATE
+            state.ready = not state.opening
+        await completion(
+            lambda done, state=state, place=place, page=page, flags=flags: (  # type: ignore[misc]
+                replicator.change(
+                    state, Op.WRITE, place * BLOCK_SIZE, BLOCK_SIZE, page, done, flags
+                )
+            )
+        )
+        vdi_map.existing |= 1 << map_index

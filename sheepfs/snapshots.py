@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from sheepfs.callbacks import completion
 from sheepfs.capture import Captured, copy_maps
 from sheepfs.core.errors import (
     RetryableError,
@@ -31,14 +32,17 @@ from sheepfs.core.metadata import (
     NameRecord,
     SnapshotRecord,
     VdiRecord,
+    check_copies,
     check_tag,
     check_vdi_name,
 )
+from sheepfs.flusher import store_pages
 from sheepfs.net.attach import Attachment, Extra, commit, nothing_more
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.router import Router
 from sheepfs.net.store import LeaseKeeper, Store
 from sheepfs.replication import Replicator
+from sheepfs.vdimap import VdiMap, format_page
 from sheepfs.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,8 @@ log = logging.getLogger(__name__)
 COMMIT_PATIENCE_S = 30.0
 """How long a transaction whose outcome is unknown is tried again."""
 
+Progress = Callable[[int, int], None]
+"""Told (objects done, objects in all)."""
 Changes = tuple[list[Unchanged], list[Put | Delete]]
 
 
@@ -181,7 +187,10 @@ class Snapshots:
             record.id, record.family, copies_of(snapshot.map), 2, (await self._lease()).lease
         )
 
-        async def publish() -> VdiRecord:
+        async def publish(replicator: Replicator) -> VdiRecord:
+            await copy_maps(replicator, snapshot.map, target, snapshot.maps)
+            await replicator.unflushed.make_durable()
+
             async def extra() -> Changes:
                 conditions, changes = await self._built(target)
                 more, others = await self._built(layer)
@@ -199,7 +208,7 @@ class Snapshots:
             )  # fmt: skip
             return attachment.record
 
-        await volume.replace_map(snapshot.map, target, snapshot.maps, publish)
+        await volume.replace_map(publish)
 
     async def join_family(self, target: Volume, source: VdiRecord | SnapshotRecord) -> None:
         """Let an empty VDI that is held here belong to another's family, to share its objects."""
@@ -209,7 +218,7 @@ class Snapshots:
             old.id, source.family, source.copies, 1, (await self._lease()).lease
         )
 
-        async def publish() -> VdiRecord:
+        async def publish(replicator: Replicator) -> VdiRecord:
             async def extra() -> Changes:
                 conditions, changes = await self._built(layer)
                 return conditions, [*changes, Put(self._keys.reclaim_family(old.family), b"")]
@@ -224,7 +233,75 @@ class Snapshots:
             )  # fmt: skip
             return attachment.record
 
-        await target.replace_map(0, 0, 0, publish)
+        await target.replace_map(publish)
+
+    async def flatten(self, volume: Volume, progress: Progress) -> None:
+        """Give the VDI layers of its own for all that it has of what it was cloned from.
+
+        Raises: HeldElsewhereError, SheepError.
+        """
+        await volume.borrow()
+        own = await self._catalog.layers_of(volume.record.id)
+        await volume.rewrite(lambda layer: layer not in own, progress)
+        await completion(volume.flush)
+        await self._commit(_held(volume), lambda r: dataclasses.replace(r, parent=0))
+        volume.committed(_held(volume).record)
+
+    async def change_copies(self, volume: Volume, copies: int, progress: Progress) -> None:
+        """Keep another number of replicas of a VDI: all its data is written anew.
+
+        Snapshots stay as they are. When it is interrupted, the VDI is as it was or partly of the
+        new number, and works; to be called again.
+
+        Raises: HeldElsewhereError, SheepError.
+        """
+        check_copies(copies)
+        await self._catalog.want_pool(copies)
+        await volume.borrow()
+
+        async def publish(captured: Captured) -> None:
+            await self._commit(
+                _held(volume),
+                lambda r: dataclasses.replace(r, layer=captured.layer, next=0, copies=copies),
+            )
+            volume.committed(_held(volume).record)
+
+        await volume.capture(
+            lambda layer: self._begin(volume, layer, copy_map=False, copies=copies), publish
+        )
+        await volume.rewrite(lambda layer: copies_of(layer) != copies, progress)
+        if copies_of(volume.record.map) != copies:
+            await self._move_map(volume, copies)
+
+    async def _move_map(self, volume: Volume, copies: int) -> None:
+        """Write the map to map objects of another pool."""
+        await completion(volume.flush)
+        record = volume.record
+        (target,) = await self._catalog.begin_layers(
+            record.id, record.family, copies, 1, (await self._lease()).lease
+        )
+
+        async def publish(replicator: Replicator) -> VdiRecord:
+            vdi_map = await volume.load_map()
+            pages = {
+                number: format_page(page) for number, page in vdi_map.pages.items() if any(page)
+            }
+            moved = VdiMap(0, vdi_map.load_range)
+            await store_pages(replicator, target, moved, pages)
+            await replicator.unflushed.make_durable()
+
+            async def extra() -> Changes:
+                conditions, changes = await self._built(target)
+                return conditions, [*changes, Put(self._keys.reclaim_family(record.family), b"")]
+
+            await self._commit(
+                _held(volume),
+                lambda r: dataclasses.replace(r, map=target, maps=moved.existing),
+                extra,
+            )
+            return _held(volume).record
+
+        await volume.replace_map(publish)
 
     # -- of a snapshot ------------------------------------------------------------------------
 
@@ -263,15 +340,19 @@ class Snapshots:
     # -- parts --------------------------------------------------------------------------------
 
     async def _begin(
-        self, volume: Volume, open_layer: int, *, copy_map: bool = True
+        self, volume: Volume, open_layer: int, *, copy_map: bool = True, copies: int = 0
     ) -> tuple[int, int]:
         """Give the next open layer, in the VDI's record already, and one for the map's copy."""
         attachment, record = _held(volume), volume.record
         lease = (await self._lease()).lease
-        upcoming, *more = await self._catalog.begin_layers(
-            record.id, record.family, copies_of(record.map), 1 + copy_map, lease
+        (upcoming,) = await self._catalog.begin_layers(
+            record.id, record.family, copies or record.copies, 1, lease
         )
-        target = more[0] if more else 0
+        target = 0
+        if copy_map:
+            (target,) = await self._catalog.begin_layers(
+                record.id, record.family, copies_of(record.map), 1, lease
+            )
         await self._commit(
             attachment,
             lambda r: dataclasses.replace(r, layer=open_layer, next=upcoming),

@@ -21,11 +21,12 @@ import trio
 
 from sheepfs.backend import Attributes, Done, ReadDone
 from sheepfs.callbacks import Completed, completion, countdown
-from sheepfs.capture import Begin, Captured, Commit, capture, copy_maps
+from sheepfs.capture import Begin, Captured, Commit, capture
 from sheepfs.convergence import converge
 from sheepfs.copyonwrite import CopyOnWrite
 from sheepfs.core.errors import FencedError, SheepError
 from sheepfs.core.geometry import (
+    MAP_ENTRIES_PER_BLOCK,
     MAX_VDI_SIZE,
     OBJECT_SIZE,
     copies_of,
@@ -39,18 +40,20 @@ from sheepfs.core.wire import FLAG_CREATE, Buffer, Op
 from sheepfs.flusher import Flusher
 from sheepfs.holes import seek
 from sheepfs.net.attach import Attachment
+from sheepfs.net.groups import plain_errors
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
 from sheepfs.reading import MapReader, Opening, failed
 from sheepfs.replication import Replicator
 from sheepfs.sweeping import find_orphans
-from sheepfs.vdimap import VdiMap
+from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
 
 log = logging.getLogger(__name__)
 
 READER_MAP_S = 1.0
 """A reader that does not hold the VDI looks at the map again after this."""
 GATE_POLL_S = 0.001
+PARALLEL_COPIES = 8
 
 
 class Attacher(Protocol):
@@ -620,15 +623,11 @@ class Volume(MapReader):
         self.record = record
         self._saved_size = record.size
 
-    async def replace_map(
-        self, source: int, target: int, maps: int, publish: Callable[[], Awaitable[VdiRecord]]
-    ) -> None:
-        """Go on with a copy of another map; what only the former one named is gone.
+    async def replace_map(self, publish: Callable[[Replicator], Awaitable[VdiRecord]]) -> None:
+        """Go on with another map; what only the former one names is gone.
 
         Args:
-            source: layer id of the map that is copied, of the same family.
-            target: layer id for the copy.
-            publish: makes it the VDI's in etcd; gives the record.
+            publish: makes the map and then makes it the VDI's in etcd; gives the record.
         """
         async with self._capturing:
             await self._attach()
@@ -638,9 +637,7 @@ class Volume(MapReader):
             async with flusher.paused():
                 try:
                     await self.hold_changes()
-                    await copy_maps(replicator, source, target, maps)
-                    await replicator.unflushed.make_durable()
-                    record = await publish()
+                    record = await publish(replicator)
                     self.committed(record)
                     self._size, self._allocated = record.size, record.allocated
                     self._modified = record.modified
@@ -654,6 +651,67 @@ class Volume(MapReader):
                     self._converged.set()
                 finally:
                     self.release_changes()
+
+    async def rewrite(
+        self, chosen: Callable[[int], bool], progress: Callable[[int, int], None]
+    ) -> None:
+        """Copy to the open layer every object whose layer is chosen.
+
+        Args:
+            progress: told (objects done, objects in all) now and then.
+
+        Raises:
+            OperationError: an object could not be copied; those copied before stay so.
+        """
+        indexes = await self._owned_by(chosen)
+        queue = iter(indexes)
+        done = 0
+
+        async def worker() -> None:
+            nonlocal done
+            for index in queue:
+                while not self._direct:
+                    await self._attach()
+                    await trio.sleep(GATE_POLL_S)
+                self._passing += 1
+                try:
+                    await completion(partial(self._copy_up, index))
+                finally:
+                    self._passing -= 1
+                done += 1
+                progress(done, len(indexes))
+
+        with plain_errors():
+            async with trio.open_nursery() as nursery:
+                for _ in range(PARALLEL_COPIES):
+                    nursery.start_soon(worker)
+
+    def _copy_up(self, index: int, done: Completed) -> None:
+        layer = self._map.get(index)
+        if not layer or layer == self.open_layer:
+            done(0)
+        elif not self._copying(index, lambda: self._copy_up(index, done)):
+            self._copy(index, Op.WRITE, 0, 0, b"", done)
+
+    async def _owned_by(self, chosen: Callable[[int], bool]) -> list[int]:
+        await self.load_map()
+        return [
+            number * MAP_ENTRIES_PER_BLOCK + entry
+            for number, page in sorted(self._map.pages.items())
+            for entry, layer in enumerate(page)
+            if layer and chosen(layer)
+        ]
+
+    async def load_map(self) -> VdiMap:
+        """Load all pages of the map that are stored, and give it."""
+        vdi_map = self._map
+        for index in range(vdi_map.existing.bit_length()):
+            if vdi_map.existing >> index & 1:
+                first = index * PAGES_PER_OBJECT
+                for number in range(first, first + PAGES_PER_OBJECT):
+                    if number not in vdi_map.pages:
+                        await vdi_map.load(number * MAP_ENTRIES_PER_BLOCK)
+        return vdi_map
 
     async def entries(self, first: int, last: int) -> dict[int, int]:
         """Give index -> owning layer of [`first`, `last`), up to one that is being changed.

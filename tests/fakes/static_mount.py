@@ -108,7 +108,9 @@ class StaticMount:
         self.saves.append(record)
         self.etcd.record = dataclasses.replace(record, clean=False)
 
-    async def detach(self, attachment: Attachment, record: VdiRecord, *, clean: bool) -> None:
+    async def detach(
+        self, attachment: Attachment, record: VdiRecord, *, clean: bool, dropped: bool
+    ) -> None:
         """Let others attach."""
         if self.etcd.holder is self:
             self.etcd.record = dataclasses.replace(record, clean=clean)
