@@ -166,7 +166,7 @@ class Cluster:
             if modified is not None or (mode is not None and mode & 0o222):
                 raise ReadOnlyError(f"{item.name} is a snapshot: it cannot be changed")
             await self.catalog.update_snapshot(
-                item.record.vdi,
+                item.vdi,
                 item.tag,
                 lambda r: dataclasses.replace(
                     r,
@@ -200,7 +200,14 @@ class Cluster:
     async def set_user_attribute(self, vdi: int, name: str, value: str | None) -> None:
         """Set one of these; None removes it."""
         item = await self._listing.by_id(vdi)
-        await self.catalog.set_attribute(item.vdi, item.tag, name, value)
+        if item.tag:
+            await self.catalog.set_snapshot_attribute(item.vdi, item.tag, name, value)
+        else:
+            await self.catalog.set_vdi_attribute(vdi, name, value)
+        self._listing.forget()
+
+    def names_changed(self) -> None:
+        """A record was changed past this object: read again before the next answer."""
         self._listing.forget()
 
     # -- volumes ----------------------------------------------------------------------------

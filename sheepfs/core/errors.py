@@ -157,6 +157,20 @@ class VdiExistsError(UsageError):
     errno = errno.EEXIST
 
 
+class SnapshotNotFoundError(VdiNotFoundError):
+    """The VDI has no snapshot of that tag."""
+
+
+class SnapshotExistsError(VdiExistsError):
+    """The VDI has a snapshot of that tag."""
+
+
+class ProtectedError(UsageError):
+    """The snapshot is protected from deletion."""
+
+    errno = errno.EPERM
+
+
 class ReadOnlyError(UsageError):
     """A snapshot never changes."""
 
