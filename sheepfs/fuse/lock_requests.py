@@ -3,6 +3,8 @@
 Always holds:
 - A lock through a writable handle, or one that says "I write" as QEMU does, needs the VDI
   attached here; a VDI that another mount holds is locked by a foreign owner.
+- A snapshot is never attached: shared locks of it are this mount's alone, and a lock that says
+  "I write" fails (EROFS).
 - When the last lock of a VDI is dropped it is let go before the reply, so that the target of a
   live migration can attach it as soon as the source's unlock has returned.
 """
@@ -128,6 +130,8 @@ class LockRequests:
         node = handle.node
         while True:
             writes = handle.writable or means_to_write(wanted, node.locks)
+            if writes and node.volume.read_only:
+                return errno.EROFS
             foreign = writes and await self._held_elsewhere(node)
             blocker = foreign_conflict(wanted) if foreign else None
             if blocker is None:
