@@ -62,7 +62,7 @@ class Reclaimer:
                         log.warning("reclaim waits: %s", error)
 
     async def _look(self) -> None:
-        await self._catalog.purge_expired()
+        await self._catalog.purge(expired_only=True)
         for family, revision in await self._catalog.reclaim_wanted():
             if not self._leader.is_leader:
                 return
@@ -85,7 +85,7 @@ class Reclaimer:
             async for number, page in self._maps.pages(root.map, root.maps):
                 live.add_page(number, page)
         named = {root.map for root in roots.maps}
-        seen = Family(roots.layers, roots.open, named, roots.building)
+        seen = Family(set(roots.layers), roots.open, named, roots.building)
         complete = True
         for order in orders(seen, live.indexes):
             outcome = await self._tell_all(order)

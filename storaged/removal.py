@@ -106,8 +106,7 @@ class Removal:
         if len(payload) % _LAYER.size:
             raise UsageError("USAGE carries layers of 8 bytes each")
         layers = [layer for (layer,) in _LAYER.iter_unpack(payload)]
-        found = self._replica.store.inventory(layers or None)
-        found.sort()
+        found = sorted(self._replica.store.inventory(layers or None))
         start = bisect_right(found, (header.oid, 1 << 64, 0)) if header.oid else 0
         page = found[start : start + USAGE_AT_ONCE]
         client.reply(header, b"".join(USAGE.pack(*record) for record in page))

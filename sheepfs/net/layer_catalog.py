@@ -39,8 +39,8 @@ class RootMap:
     """`vm1.raw`, `vm1.raw@daily` or `trash/7`, for people."""
     size: int
     copies: int
-    held: bool = False
-    """A mount has it attached: what is stored may be older than what it knows."""
+    held: frozenset[int] = frozenset()
+    """The open layers, if a mount has it attached: what is stored is older than what it knows."""
 
 
 @dataclass
@@ -147,8 +147,11 @@ class LayerCatalog(Records):
 
 def _add_vdi(families: dict[int, Roots], vdi: VdiRecord, what: str, held: bool) -> None:
     roots = families.setdefault(vdi.family, Roots())
-    roots.open |= {vdi.layer, vdi.next} - {0}
-    roots.maps.append(RootMap(vdi.map, vdi.maps, what, vdi.size, vdi.copies, held))
+    opened = frozenset({vdi.layer, vdi.next}) - {0}
+    roots.open |= opened
+    roots.maps.append(
+        RootMap(vdi.map, vdi.maps, what, vdi.size, vdi.copies, opened if held else frozenset())
+    )
 
 
 def _add_snapshot(families: dict[int, Roots], snapshot: SnapshotRecord, what: str) -> None:

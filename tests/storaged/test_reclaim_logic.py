@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -45,7 +46,7 @@ def test_what_no_map_names_is_removed_from_frozen_layers_only(
 def test_ranges_cover_exactly_and_do_not_touch(indexes: set[int]) -> None:
     found = ranges(indexes)
     assert {i for start, end in found for i in range(start, end)} == indexes
-    assert all(a[1] < b[0] for a, b in zip(found, found[1:], strict=False))
+    assert all(a[1] < b[0] for a, b in pairwise(found))
 
 
 def test_a_page_that_cannot_be_is_refused() -> None:
