@@ -13,7 +13,10 @@ from typing import Protocol
 from sheepfs.core.wire import Buffer
 
 OnChange = Callable[[int], None]
-"""Called with the id of a VDI that another mount or a tool changed. Never waits, never raises."""
+"""Called with the id of a VDI that another mount or a tool changed.
+
+In the thread of the event loop; it never waits and never raises.
+"""
 ReadDone = Callable[[int, Sequence[Buffer]], None]
 """Called once with (errno or 0, buffers that concatenate to the bytes read)."""
 Done = Callable[[int], None]
@@ -149,7 +152,11 @@ class Namespace(Protocol):
         ...
 
     async def snapshot(self, vdi: int, tag: str) -> Attributes:
-        """Keep the VDI as it is now, all completed writes included, wherever it is attached.
+        """Keep the VDI as it is now, wherever it is attached.
+
+        It is one moment of the VDI, as a power failure would leave it after a flush: all writes
+        completed before the call are in it, and none without those that were complete before it
+        was made.
 
         Raises:
             VdiExistsError: it has a snapshot of that tag.
@@ -234,8 +241,8 @@ class Namespace(Protocol):
 
         Durability: like writes, durable with the next flush of `target`.
         Cancellation: any part of the target's range may have been made equal, none is torn.
-        Ordering: sees all that was written to `source` before the call. Of what is written to
-            either range during the call, each object may have it or not.
+        Ordering: sees all that was written to `source` before the call. What is written to either
+            range during the call may be in the result or not, each block of 4 KiB as a whole.
         """
         ...
 

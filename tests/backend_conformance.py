@@ -355,6 +355,9 @@ class BackendConformance:
         assert await read(kept, 998, 10) == b"\0\0before\0\0"
         assert await read(kept, OBJECT_SIZE, 3) == bytes(3)
         assert await read(volume, 998, 10) == b"\0\0\0\0ter!\0\0"
+        assert await kept.seek_data(0) in range(1001)
+        assert await kept.seek_data(OBJECT_SIZE) is None
+        assert await kept.seek_hole(1000) in range(1006, OBJECT_SIZE + 1)
         await kept.close()
         await volume.close()
 
@@ -392,10 +395,48 @@ class BackendConformance:
         await write(volume, 0, b"held here")
         made = await mounts.there.snapshot(volume.attributes().id, "daily")
         await write(volume, 0, b"unharmed!")
-        kept = await mounts.there.open(made.id)
-        assert await read(kept, 0, 9) == b"held here"
+        both = [await namespace.open(made.id) for namespace in mounts]
+        for kept in both:
+            assert await read(kept, 0, 9) == b"held here"
         assert await read(volume, 0, 9) == b"unharmed!"
-        await kept.close()
+        for kept in both:
+            await kept.close()
+        await volume.close()
+
+    async def test_snapshot_under_writes_is_one_moment(self, mounts: Mounts) -> None:
+        objects, completed, stop = 4, 0, False
+        volume = await make(mounts.here, size=objects * OBJECT_SIZE)
+
+        def place(number: int) -> int:
+            return number % objects * OBJECT_SIZE + number // objects * BLOCK
+
+        async def keep_writing() -> None:
+            nonlocal completed
+            while not stop and completed < OBJECT_SIZE // BLOCK * objects:
+                await write(volume, place(completed), b"%08d" % completed)
+                completed += 1
+
+        bounds = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keep_writing)
+            for number, namespace in enumerate((mounts.here, mounts.there, mounts.here)):
+                await trio.sleep(0.01)
+                before = completed
+                made = await namespace.snapshot(volume.attributes().id, f"s{number}")
+                bounds.append((made.id, before, completed + 1))
+            stop = True
+        for snapshot, least, most in bounds:
+            kept = await mounts.here.open(snapshot)
+            data = b"".join(
+                [await read(kept, i * OBJECT_SIZE, OBJECT_SIZE) for i in range(objects)]
+            )
+            found = [data[place(n) : place(n) + 8] for n in range(most + 1)]
+            count = next((n for n, part in enumerate(found) if part == bytes(8)), most)
+            assert least <= count <= most
+            assert found[:count] == [b"%08d" % n for n in range(count)]
+            # And nothing of what came later.
+            assert sum(data[place(n)] != 0 for n in range(completed)) == count
+            await kept.close()
         await volume.close()
 
     async def test_snapshot_is_never_attached_or_changed(self, mounts: Mounts) -> None:
@@ -527,6 +568,37 @@ class BackendConformance:
             await source.close()
         await target.close()
         await held.close()
+
+    async def test_copy_under_writes_has_old_or_new_blocks(self, mounts: Mounts) -> None:
+        source = await make(mounts.here, "a.raw")
+        blocks = 2 * OBJECT_SIZE // BLOCK
+        await write(source, 0, (b"old!" * (BLOCK // 4)) * blocks)
+        target = await make(mounts.here, "b.raw")
+        written = 0
+
+        async def overwrite() -> None:
+            nonlocal written
+            for block in range(0, blocks, 16):
+                await write(source, block * BLOCK, b"new!" * (BLOCK // 4))
+                written += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(overwrite)
+            for at in (0, 1000):
+                length = 2 * OBJECT_SIZE - at
+                assert await copy(mounts.here, source, 0, target, at, length) == length
+        assert written == blocks // 16
+        data = await read(source, 0, 2 * OBJECT_SIZE)
+        assert data.count(b"new!" * (BLOCK // 4)) == written
+        # The last copy went to 1000 bytes further on.
+        data = (await read(target, 0, 2 * OBJECT_SIZE))[1000:]
+        for block in range(blocks - 1):
+            assert data[block * BLOCK : (block + 1) * BLOCK] in (
+                b"old!" * (BLOCK // 4),
+                b"new!" * (BLOCK // 4),
+            )
+        await source.close()
+        await target.close()
 
     async def test_copied_holes_replace_data(self, mounts: Mounts) -> None:
         source = await make(mounts.here, "a.raw", size=2 * OBJECT_SIZE)

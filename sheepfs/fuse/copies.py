@@ -6,6 +6,7 @@ Always holds:
 - A request does what one call of the backend does, and replies with how far that came; the
   program, or its C library, asks for the rest.
 - A signal ends a copy at once: what was done of that request is not told, and may be done again.
+- The kernel learns the target's new size from a reply; where that is an error, it is told to ask.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class CopyRequests:
             del self._running[unique]
         if code:
             self._replies.fail(unique, code)
+            self._replies.changed(request.target_node)
         else:
             self._replies.send((protocol.encode_reply(unique, pack(copied)),))
 
@@ -90,7 +92,9 @@ class CopyRequests:
         if request.target_offset >= MAX_VDI_SIZE:
             raise _error(errno.EFBIG)
         length = min(request.length, MAX_VDI_SIZE - request.target_offset)
-        await self._handles.attach(target.node)
+        code = await self._handles.attached(target.node)
+        if code:
+            raise _error(code)
         return await self._handles.namespace.copy_range(
             source.volume,
             request.source_offset,

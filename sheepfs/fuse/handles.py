@@ -224,6 +224,23 @@ class Handles:
         if len(node.waiting) == 1:
             self._nursery.start_soon(self._attach_for_waiting, node)
 
+    async def attached(self, node: Node) -> int:
+        """Wait until the VDI is attached; give 0, or the errno why it cannot be.
+
+        Cancellation: ends the waiting only; the attach itself goes on in a task of its own.
+        """
+        tried = trio.Event()
+        result = 0
+
+        def done(code: int) -> None:
+            nonlocal result
+            result = code
+            tried.set()
+
+        self.when_attached(node, done)
+        await tried.wait()
+        return result
+
     async def _attach_for_waiting(self, node: Node) -> None:
         code = 0
         try:

@@ -59,20 +59,9 @@ class LockRequests:
     async def _held_elsewhere(self, node: Node) -> bool:
         """Try to attach for a lock; True if another mount is the writer.
 
-        Cancellation: ends the waiting only; the attach itself goes on in a task of its own.
+        Cancellation: ends the waiting only.
         """
-        if node.attached:
-            return False
-        tried = trio.Event()
-        result = 0
-
-        def done(code: int) -> None:
-            nonlocal result
-            result = code
-            tried.set()
-
-        self._handles.when_attached(node, done)
-        await tried.wait()
+        result = await self._handles.attached(node)
         if result and not node.held_elsewhere:
             raise OSError(result, os.strerror(result))
         return bool(result)

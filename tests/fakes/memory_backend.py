@@ -5,7 +5,7 @@ reached the "cluster" so that tests can see, say, that a flush came before an O_
 
 Names choose misfortunes: `held…` another mount holds it, `stall…` reads never end, `stuck…` it
 never detaches, `bad…` reads and flushes fail (EIO), `full…` writes fail (ENOSPC), `alien…` never
-shares data with another VDI, `slow…` never ends a copy.
+shares data with another VDI, `slow…` never ends being copied.
 """
 
 from __future__ import annotations
@@ -481,8 +481,6 @@ class MemoryNamespace:
         assert isinstance(source, MemoryVolume)
         assert isinstance(target, MemoryVolume)
         await target.attach()
-        if source.name.startswith("slow"):
-            await trio.sleep_forever()
         length = min(length, source.size - source_offset)
         if length <= 0:
             return 0
@@ -490,7 +488,10 @@ class MemoryNamespace:
             raise UsageError("the target would be too large")
         if source is target and abs(source_offset - target_offset) < length:
             raise UsageError("the ranges overlap")
-        return target.take(source, source_offset, target_offset, length)
+        done = target.take(source, source_offset, target_offset, length)
+        if source.name.startswith("slow"):
+            await trio.sleep_forever()
+        return done
 
     async def open(self, vdi: int) -> MemoryVolume:
         await self.round_trip()
