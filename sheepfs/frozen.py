@@ -114,5 +114,5 @@ def snapshot_attributes(name: str, record: SnapshotRecord) -> Attributes:
     """Give what a file shows of a snapshot."""
     return Attributes(
         record.id, name, record.size, record.allocated, record.mode & ~0o222, record.uid,
-        record.gid, record.created, record.created, True,
+        record.gid, record.created, record.created, True, record.family,
     )  # fmt: skip

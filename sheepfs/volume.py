@@ -146,7 +146,7 @@ class Volume(MapReader):
         record = self.record
         return Attributes(
             record.id, self.name, self._size, max(self._allocated, 0), record.mode, record.uid,
-            record.gid, self._modified, record.changed,
+            record.gid, self._modified, record.changed, False, record.family,
         )  # fmt: skip
 
     # -- attach -----------------------------------------------------------------------------
