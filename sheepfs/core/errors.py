@@ -157,6 +157,24 @@ class VdiExistsError(UsageError):
     errno = errno.EEXIST
 
 
+class SnapshotNotFoundError(UsageError):
+    """No snapshot of that VDI has that tag."""
+
+    errno = errno.ENOENT
+
+
+class SnapshotExistsError(UsageError):
+    """The VDI has a snapshot with that tag."""
+
+    errno = errno.EEXIST
+
+
+class SnapshotProtectedError(UsageError):
+    """The snapshot is not to be deleted."""
+
+    errno = errno.EPERM
+
+
 class ProtocolError(SheepError):
     """The peer sent bytes that are not this protocol; the connection ends."""
 
