@@ -30,7 +30,6 @@ from sheepfs.core.metadata import (
     RequestRecord,
     SnapshotRecord,
     VdiRecord,
-    snapshot_file,
     split_name,
 )
 from sheepfs.core.wire import Op
@@ -166,7 +165,7 @@ class Cluster:
             if modified is not None or (mode is not None and mode & 0o222):
                 raise ReadOnlyError(f"{item.name} is a snapshot: it cannot be changed")
             await self.catalog.update_snapshot(
-                item.vdi,
+                item.record.vdi,
                 item.tag,
                 lambda r: dataclasses.replace(
                     r,
@@ -200,10 +199,7 @@ class Cluster:
     async def set_user_attribute(self, vdi: int, name: str, value: str | None) -> None:
         """Set one of these; None removes it."""
         item = await self._listing.by_id(vdi)
-        if item.tag:
-            await self.catalog.set_snapshot_attribute(item.vdi, item.tag, name, value)
-        else:
-            await self.catalog.set_vdi_attribute(vdi, name, value)
+        await self.catalog.set_attribute(item.name if item.tag else vdi, name, value)
         self._listing.forget()
 
     def names_changed(self) -> None:
@@ -350,8 +346,8 @@ class Cluster:
         await self._at_holder(
             vdi, "snapshot", {"tag": tag}, lambda volume: self.snapshots.snapshot(volume, tag)
         )
-        name, tag, record, _ = await self.catalog.snapshot(item.name, tag)
-        return snapshot_attributes(snapshot_file(name, tag), record)
+        made = await self.catalog.snapshot(item.name, tag)
+        return snapshot_attributes(made.file, made.record)
 
     async def clone(self, vdi: int, name: str) -> Attributes:
         """Make a new VDI that begins as a VDI, or a snapshot, is now."""

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import trio
 
 from sheepfs.core.errors import VdiNotFoundError
-from sheepfs.core.metadata import SnapshotRecord, VdiRecord, snapshot_file
+from sheepfs.core.metadata import SnapshotRecord, VdiRecord
 from sheepfs.net.catalog import Catalog
 
 LIST_FRESH_S = 1.0
@@ -52,7 +52,7 @@ class Listing:
                 vdis = await self._catalog.vdis()
                 found = [Named(name, record, name) for name, record, _ in vdis]
                 found += [
-                    Named(snapshot_file(s.name, s.tag), s.record, s.name, s.tag)
+                    Named(s.file, s.record, s.vdi_name, s.tag)
                     for s in await self._catalog.snapshots()
                 ]
                 self._by_name = {item.name: item for item in found}

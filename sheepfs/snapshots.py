@@ -19,7 +19,6 @@ import trio
 from sheepfs.callbacks import completion
 from sheepfs.capture import Captured, copy_maps
 from sheepfs.core.errors import (
-    RetryableError,
     SheepError,
     SnapshotExistsError,
     UnreachableError,
@@ -38,7 +37,8 @@ from sheepfs.core.metadata import (
 )
 from sheepfs.flusher import store_pages
 from sheepfs.net.attach import Attachment, Extra, commit, nothing_more
-from sheepfs.net.catalog import Catalog
+from sheepfs.net.catalog import Catalog, Change
+from sheepfs.net.records import COMMIT_PATIENCE_S, COMMIT_RETRY_S
 from sheepfs.net.router import Router
 from sheepfs.net.store import LeaseKeeper, Store
 from sheepfs.replication import Replicator
@@ -46,9 +46,6 @@ from sheepfs.vdimap import VdiMap, format_page
 from sheepfs.volume import Volume
 
 log = logging.getLogger(__name__)
-
-COMMIT_PATIENCE_S = 30.0
-"""How long a transaction whose outcome is unknown is tried again."""
 
 Progress = Callable[[int, int], None]
 """Told (objects done, objects in all)."""
@@ -95,7 +92,7 @@ class Snapshots:
         async def publish(captured: Captured) -> None:
             attachment = _held(volume)
             old = volume.record
-            ident = await self._catalog.new_vdi_id()
+            ident = await self._catalog.new_id()
             record = SnapshotRecord(
                 ident, old.id, captured.size, copies_of(captured.layer), captured.map, old.family,
                 captured.maps, old.parent, captured.allocated, time.time(), uid=old.uid,
@@ -319,9 +316,7 @@ class Snapshots:
             source.vdi, source.family, copies_of(source.map), 1, lease
         )
         record = await self._new_vdi(source, target, source.id, time.time())
-        building = await self._store.get(self._keys.building_layer(target))
-        if building is None:
-            raise RetryableError("the lease in etcd ended while the clone was made: try again")
+        building = await self._catalog.building(target)
         async with trio.open_nursery() as nursery:
             # The new id was never attached: any token passes.
             replicator = Replicator(self._router, nursery, record.id, building.mod_revision, 0)
@@ -332,9 +327,13 @@ class Snapshots:
             finally:
                 replicator.close()
                 nursery.cancel_scope.cancel()
-        await self._catalog.commit(
-            lambda: self._appearing(name, record), lambda: self._appeared(name, record)
-        )
+
+        async def decide(change: Change) -> None:
+            conditions, changes = await self._appearing(name, record)
+            change.conditions += conditions
+            change.changes += changes
+
+        await self._catalog.commit_surely(decide, lambda: self._appeared(name, record))
         return record
 
     # -- parts --------------------------------------------------------------------------------
@@ -362,16 +361,14 @@ class Snapshots:
         return upcoming, target
 
     async def _built(self, layer: int) -> Changes:
-        """Give what makes a layer no longer one that is being made, or raise."""
-        found = await self._store.get(self._keys.building_layer(layer))
-        if found is None:
-            raise RetryableError("the lease in etcd ended meanwhile: try again")
-        return [Unchanged(found.key, found.mod_revision)], [Delete(found.key)]
+        """Give what makes a layer no longer one that is being built (LeaseGoneError)."""
+        unchanged, delete = self._catalog.built(await self._catalog.building(layer))
+        return [unchanged], [delete]
 
     async def _new_vdi(
         self, source: SnapshotRecord, map_layer: int, parent: int, modified: float
     ) -> VdiRecord:
-        ident = await self._catalog.new_vdi_id()
+        ident = await self._catalog.new_id()
         (layer,) = await self._catalog.begin_layers(
             ident, source.family, source.copies, 1, (await self._lease()).lease
         )
@@ -434,7 +431,7 @@ class Snapshots:
             except UnreachableError:
                 if trio.current_time() > give_up:
                     raise
-                await trio.sleep(0.2)
+                await trio.sleep(COMMIT_RETRY_S)
             try:
                 if is_done is not None and await is_done():
                     return

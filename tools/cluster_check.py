@@ -102,7 +102,7 @@ class ClusterCheck:
     async def _look(self) -> Findings:
         findings = Findings()
         found = await self._inventories(findings)
-        families = await self._cluster.catalog.families()
+        families = await self._cluster.catalog.all_roots()
         named = await self._named(families)
         excused = _excused(families)
         groups = self._cluster.router.map.pools
@@ -199,8 +199,5 @@ def _excused(families: dict[int, Roots]) -> set[int]:
     """Layers in which objects that no map names are normal: they are just being made."""
     excused: set[int] = set()
     for roots in families.values():
-        excused |= roots.building
-        for root in roots.maps:
-            if root.held:
-                excused |= {*root.held, root.map}
+        excused |= roots.building | roots.held
     return excused

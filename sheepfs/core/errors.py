@@ -158,15 +158,15 @@ class VdiExistsError(UsageError):
 
 
 class SnapshotNotFoundError(VdiNotFoundError):
-    """The VDI has no snapshot of that tag."""
+    """No snapshot of that VDI has that tag."""
 
 
 class SnapshotExistsError(VdiExistsError):
-    """The VDI has a snapshot of that tag."""
+    """The VDI has a snapshot with that tag."""
 
 
-class ProtectedError(UsageError):
-    """The snapshot is protected from deletion."""
+class SnapshotProtectedError(UsageError):
+    """The snapshot is not to be deleted."""
 
     errno = errno.EPERM
 

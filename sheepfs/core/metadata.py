@@ -274,8 +274,18 @@ class NameRecord(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class RetiredRecord(Record):
+    """`retired/<name>`: the name stays with a deleted VDI that has snapshots."""
+
+    vdi: int
+
+
+@dataclass(frozen=True, slots=True)
 class LayerRecord(Record):
-    """`layers/<id>`: from a layer's birth until its last object is gone."""
+    """`layers/<id>`: from a layer's birth until its last object is gone.
+
+    Also what is in `building/<id>`, leased: a layer whose map is being made.
+    """
 
     vdi: int
     family: int
@@ -342,6 +352,9 @@ def check_tag(tag: str) -> None:
         raise UsageError(
             f"snapshot tag {tag!r}: no '@', '/' or control characters, no '.' or '-' in front"
         )
+    if tag.endswith(".raw"):
+        # `t.raw` of a VDI `vm1` and `t` of `vm1.raw` would be one file in the mount.
+        raise UsageError(f"snapshot tag {tag!r}: leave out the .raw")
 
 
 def check_attributes(attributes: Mapping[str, str]) -> None:

@@ -25,6 +25,7 @@ VALUES = {
     "float": st.floats(0, 1e12),
     "str": st.text(max_size=40),
     "bool": st.booleans(),
+    "dict[str, str]": st.dictionaries(st.text(max_size=9), st.text(max_size=9)),
 }
 KINDS = [
     kind
@@ -62,23 +63,33 @@ def test_junk_is_refused(kind: type[Record], junk: bytes) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"format": 2}, {"size": "10"}, {"size": True}, {"size": None}, {"clean": 1}, {"colour": 1}],
+    [
+        {"format": 1},
+        {"format": 3},
+        {"size": "10"},
+        {"size": True},
+        {"size": None},
+        {"clean": 1},
+        {"colour": 1},
+        {"attributes": {"a": 1}},
+        {"attributes": []},
+    ],
 )
 def test_a_record_with_a_wrong_field_is_refused(change: dict[str, object]) -> None:
-    content = json.loads(VdiRecord(2, 10, 3, 1).encode()) | change
+    content = json.loads(VdiRecord(2, 10, 3, 1, 1, 1).encode()) | change
     with pytest.raises(ProtocolError):
         VdiRecord.decode(json.dumps(content).encode())
 
 
 def test_a_record_with_a_missing_field_is_refused() -> None:
-    content = json.loads(VdiRecord(2, 10, 3, 1).encode())
+    content = json.loads(VdiRecord(2, 10, 3, 1, 1, 1).encode())
     del content["size"]
     with pytest.raises(ProtocolError):
         VdiRecord.decode(json.dumps(content).encode())
 
 
 def test_a_vdi_takes_less_than_a_kilobyte() -> None:
-    assert len(VdiRecord(2**40, 2**50, 3, 2**35).encode()) < 1024
+    assert len(VdiRecord(2**40, 2**50, 3, 2**35, 2**35, 2**35).encode()) < 1024
 
 
 def test_keys_are_pinned() -> None:

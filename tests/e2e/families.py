@@ -13,7 +13,7 @@ import trio
 from sheepfs.callbacks import completion, read_bytes
 from sheepfs.cluster import Cluster
 from sheepfs.core.geometry import OBJECT_SIZE
-from sheepfs.core.metadata import SnapshotRecord, snapshot_file
+from sheepfs.core.metadata import snapshot_file
 from sheepfs.frozen import FrozenVolume
 from sheepfs.volume import Volume
 
@@ -285,8 +285,7 @@ class Families:
         if name := self._with_snapshots():
             tag, content = self.random.choice(list(self.disks[name].snapshots.items()))
             self._note(f"rollback {name} {tag}")
-            _, _, record, _ = await self.cluster.catalog.snapshot(name, tag)
-            assert isinstance(record, SnapshotRecord)
+            record = (await self.cluster.catalog.snapshot(name, tag)).record
             await self.cluster.rollback(record.vdi, record)
             self.disks[name].content[:] = content
 

@@ -19,8 +19,9 @@ from sheepfs.core.errors import (
     VdiExistsError,
     VdiNotFoundError,
 )
+from sheepfs.core.geometry import MAX_SERIAL, copies_of, make_layer, serial_of, tag_of
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.core.metadata import ClusterConfig, Keys, LockRecord, TrashRecord, VdiRecord
+from sheepfs.core.metadata import ClusterConfig, Keys, LayerRecord, LockRecord, VdiRecord
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
 
@@ -72,8 +73,9 @@ async def test_ids_start_at_two_and_are_never_reused(catalog: Catalog) -> None:
     first = await catalog.create("a", 0)
     await catalog.delete("a")
     second = await catalog.create("a", 0)
-    assert (first.id, first.layer) == (2, 2)
-    assert (second.id, second.layer) == (3, 3)
+    assert (first.id, first.layer) == (2, make_layer(2, 2, 3))
+    assert (second.id, second.layer) == (3, make_layer(3, 3, 3))
+    assert second.map == second.family == second.layer
 
 
 async def test_create_asks_for_the_pool_once(catalog: Catalog, fake_etcd: FakeEtcd) -> None:
@@ -85,8 +87,26 @@ async def test_create_asks_for_the_pool_once(catalog: Catalog, fake_etcd: FakeEt
 
 
 async def test_create_records_the_birth_of_the_layer(catalog: Catalog, fake_etcd: FakeEtcd) -> None:
+    made = await catalog.create("a", 0, copies=2)
+    born = await fake_etcd.get(KEYS.layer(made.layer))
+    assert born is not None
+    assert LayerRecord.decode(born.value) == LayerRecord(made.id, made.layer, NOW)
+    assert copies_of(made.layer) == 2
+
+
+async def test_family_tag_is_the_serial_modulo_64(catalog: Catalog, fake_etcd: FakeEtcd) -> None:
+    await put(fake_etcd, KEYS.counter("layer"), b"199")
     made = await catalog.create("a", 0)
-    assert await fake_etcd.get(KEYS.layer(made.layer)) is not None
+    assert (serial_of(made.layer), tag_of(made.layer)) == (200, 200 % 64)
+
+
+async def test_create_stops_when_the_layer_ids_are_used_up(
+    catalog: Catalog, fake_etcd: FakeEtcd
+) -> None:
+    await put(fake_etcd, KEYS.counter("layer"), b"%d" % (MAX_SERIAL - 1))
+    assert serial_of((await catalog.create("a", 0)).layer) == MAX_SERIAL
+    with pytest.raises(UsageError, match="used up"):
+        await catalog.create("b", 0)
 
 
 async def test_create_of_an_existing_name_is_refused(catalog: Catalog) -> None:
@@ -121,7 +141,7 @@ async def test_fifty_creates_at_once_get_fifty_ids(
             nursery.start_soon(create, number)
     vdis = await catalog.vdis()
     assert {record.id for _, record, _ in vdis} == set(range(2, 52))
-    assert {record.layer for _, record, _ in vdis} == set(range(2, 52))
+    assert {serial_of(record.layer) for _, record, _ in vdis} == set(range(2, 52))
 
 
 async def test_one_of_two_creates_of_one_name_wins(
@@ -170,8 +190,8 @@ async def test_hostile_keys_are_left_out_of_the_list_and_logged_once(
 async def test_record_of_a_newer_format_is_refused_by_name(
     catalog: Catalog, fake_etcd: FakeEtcd
 ) -> None:
-    await put(fake_etcd, KEYS.vdi("new"), b'{"format": 2, "id": 5}')
-    with pytest.raises(ProtocolError, match="format 2"):
+    await put(fake_etcd, KEYS.vdi("new"), b'{"format": 3, "id": 5}')
+    with pytest.raises(ProtocolError, match="format 3"):
         await catalog.vdi("new")
 
 
@@ -211,7 +231,7 @@ async def test_rename_onto_a_taken_name_is_refused_unless_it_may_replace(
     assert [(n, r.id) for n, r, _ in await catalog.vdis()] == [("b", mover.id)]
     with pytest.raises(VdiNotFoundError):
         await catalog.find(gone.id)
-    assert [trash.vdi for trash in await catalog.trash()] == [gone.id]
+    assert [item.id for item, _ in await catalog.trash()] == [gone.id]
 
 
 async def test_rename_does_not_replace_an_attached_vdi(
@@ -232,19 +252,26 @@ async def test_rename_to_itself_changes_nothing(catalog: Catalog, fake_etcd: Fak
     assert fake_etcd.server.revision == before
 
 
-async def test_delete_leaves_what_is_needed_to_free_the_objects(
+async def test_deleted_vdi_lies_in_the_trash_with_its_record(
     catalog: Catalog, fake_etcd: FakeEtcd
 ) -> None:
     made = await catalog.create("a", GIB, copies=2)
-    await catalog.update("a", lambda r: dataclasses.replace(r, maps=0b101))
-    await catalog.delete("a")
+    changed = await catalog.update("a", lambda r: dataclasses.replace(r, maps=0b101))
+    await catalog.delete("a", keep_s=60)
     assert await names(catalog) == []
-    trash = TrashRecord(made.layer, made.id, 2, GIB, 0b101, NOW)
-    assert await catalog.trash() == [trash]
-    await catalog.forget_trash(made.layer)
+    ((trashed, _),) = await catalog.trash()
+    assert (trashed.id, trashed.name, trashed.tag) == (made.id, "a", "")
+    assert (trashed.family, trashed.deleted, trashed.until) == (made.family, NOW, NOW + 60)
+    assert VdiRecord.decode(trashed.record.encode()) == changed
+    assert await fake_etcd.get(KEYS.vdi_name(made.id)) is None
+    assert await catalog.reclaim_wanted() == []
+
+
+async def test_delete_at_once_asks_for_reclaim_instead(catalog: Catalog) -> None:
+    made = await catalog.create("a", GIB)
+    await catalog.delete("a", keep_s=0)
     assert await catalog.trash() == []
-    assert await fake_etcd.get(KEYS.layer(made.layer)) is None
-    await catalog.forget_trash(made.layer)
+    assert [family for family, _ in await catalog.reclaim_wanted()] == [made.family]
 
 
 async def test_delete_of_a_held_vdi_is_refused_but_to_its_holder(
@@ -289,7 +316,7 @@ async def test_name_key_that_points_nowhere_is_not_found(
     catalog: Catalog, fake_etcd: FakeEtcd
 ) -> None:
     made = await catalog.create("a", 0)
-    await put(fake_etcd, KEYS.vdi_name(77), b'{"format": 1, "name": "a"}')
+    await put(fake_etcd, KEYS.vdi_name(77), b'{"format": 2, "name": "a"}')
     with pytest.raises(VdiNotFoundError):
         await catalog.find(77)
     assert (await catalog.find(made.id))[0] == "a"
@@ -304,9 +331,20 @@ async def test_life_of_a_vdi_on_a_real_etcd(etcd_process: EtcdProcess) -> None:
         await catalog.rename("a", "b", replace=True)
         assert await catalog.find(made.id) == ("b", *await catalog.vdi("b"))
         await catalog.delete("b")
-        assert [t.layer for t in await catalog.trash()] == [gone.layer, made.layer][::-1]
-        for layer in (gone.layer, made.layer):
-            await catalog.forget_trash(layer)
+        assert [t.id for t, _ in await catalog.trash()] == [made.id, gone.id]
+        assert await catalog.restore(gone.id) == "b"
+        assert await catalog.restore(made.id, "a") == "a"
+        for name in ("a", "b"):
+            await catalog.delete(name)
+        assert len(await catalog.purge()) == 2
+        lease = await etcd.grant(10)
+        (layer,) = await catalog.begin_layers(made.id, made.family, 3, 1, lease)
+        assert (await catalog.roots(made.family)).building == {layer}
+        await catalog.abandon(layer)
+        for family, revision in await catalog.reclaim_wanted():
+            for each in (await catalog.roots(family)).frozen:
+                assert await catalog.forget_layer(each)
+            assert await catalog.reclaim_done(family, revision)
         left, _ = await etcd.list(keys.root)
         assert [kv.key.removeprefix(keys.root) for kv in left] == [
             "counters/layer", "counters/vdi", "pools/3",

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from fakes.static_cluster import PG_COUNT, StaticCluster, static_cluster
+from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError, completion
 from sheepfs.core.errors import FencedError, StaleObjectError
-from sheepfs.core.geometry import data_object, make_layer, pg_of
+from sheepfs.core.geometry import data_object, make_layer
 from sheepfs.core.wire import FLAG_CREATE, Op
 from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
