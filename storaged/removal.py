@@ -107,7 +107,7 @@ class Removal:
             raise UsageError("USAGE carries layers of 8 bytes each")
         layers = [layer for (layer,) in _LAYER.iter_unpack(payload)]
         found = sorted(self._replica.store.inventory(layers or None))
-        start = bisect_right(found, (header.oid, 1 << 64, 0)) if header.oid else 0
+        start = bisect_right(found, (header.oid, 1 << 64, 0, 0)) if header.oid else 0
         page = found[start : start + USAGE_AT_ONCE]
         client.reply(header, b"".join(USAGE.pack(*record) for record in page))
 

@@ -232,11 +232,11 @@ class ObjectStore(DataDirectory):
         """Give the ids of all objects of a layer."""
         return [e.oid for e in self._catalog.everything() if layer_of(e.oid) == layer]
 
-    def inventory(self, layers: Sequence[int] | None) -> Sequence[tuple[int, int, int]]:
-        """Give (id, version, blocks in its own file) of all objects (of some layers)."""
+    def inventory(self, layers: Sequence[int] | None) -> Sequence[tuple[int, int, int, int]]:
+        """Give (id, version, blocks in its own file, blocks of data) of all or some layers."""
         wanted = None if layers is None else set(layers)
         return [
-            (e.oid, e.version, e.info().allocated // BLOCK_SIZE)
+            (e.oid, e.version, e.info().allocated // BLOCK_SIZE, e.blocks)
             for e in self._catalog.everything()
             if wanted is None or layer_of(e.oid) in wanted
         ]
