@@ -8,14 +8,19 @@ Always holds:
 
 from __future__ import annotations
 
+import json
 import logging
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 
 import trio
 import trio.lowlevel
 
 from sheepfs.core.clustermap import NodeState
-from sheepfs.core.errors import SheepError, UnreachableError
-from sheepfs.core.wire import Buffer, Header, Op
+from sheepfs.core.errors import SheepError, UnreachableError, UsageError
+from sheepfs.core.geometry import index_of, is_map_object
+from sheepfs.core.wire import FLAG_KEEP_MAPS, RANGE, Buffer, Header, Op
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.router import Router
 from storaged.control import Leading
@@ -70,31 +75,69 @@ class Reclaimer:
             log.info("layer %d is gone from every node", layer)
 
     def handle(self, client: Client, header: Header, payload: Buffer) -> None:
-        """RECLAIM: remove this node's objects of the layer in `version`."""
+        """RECLAIM: remove this node's dead objects of the layer in `version`."""
         if self._nursery is None:
             raise UnreachableError("this node has just started")
-        self._nursery.start_soon(self._handle, client, header)
+        if len(payload) % RANGE.size:
+            raise UsageError("the live indexes are no list of ranges")
+        live = list(RANGE.iter_unpack(bytes(payload)))
+        self._nursery.start_soon(self._handle, client, header, live)
 
-    async def _handle(self, client: Client, header: Header) -> None:
+    async def _handle(self, client: Client, header: Header, live: list[tuple[int, int]]) -> None:
+        keep_maps = bool(header.flags & FLAG_KEEP_MAPS)
         try:
-            await self.remove_layer(header.version)
+            left, removed = await self.remove_layer(header.version, live, keep_maps)
         except SheepError as error:
-            client.reply(header, str(error).encode(), error.status)
+            self._replica.fail(client, header, error)
         else:
-            client.reply(header)
+            client.reply(header, json.dumps({"left": left, "removed": removed}).encode())
 
-    async def remove_layer(self, layer: int) -> None:
-        """Remove all objects of a layer from this node, durably."""
-        store = self._replica.store
+    async def remove_layer(
+        self, layer: int, live: Sequence[tuple[int, int]] = (), keep_maps: bool = False
+    ) -> tuple[int, int]:
+        """Remove a frozen layer's dead objects from this node, durably.
+
+        Args:
+            live: index ranges [start, end) of data objects that are in use.
+            keep_maps: the layer's map objects are in use.
+
+        Returns:
+            How many objects of the layer are left here, busy ones included, and how many went.
+
+        Raises:
+            NoSpaceError, DiskError: as `ObjectStore.delete`.
+
+        Durability: on return. Cancellation: what went is gone, the rest is there; ask again.
+        """
+        replica, store = self._replica, self._replica.store
+        in_use = LiveIndexes(live)
         removed = 0
         for oid in store.of_layer(layer):
-            if not self._replica.is_held(oid):
+            if keep_maps if is_map_object(oid) else index_of(oid) in in_use:
+                continue
+            if store.dependents(oid):
+                await replica.free(oid)
+            if not replica.is_held(oid):
                 store.delete(oid)
                 removed += 1
                 if removed % BATCH == 0:
                     await trio.lowlevel.checkpoint()
+        # Also when nothing went now: whoever was asked before may not have come to it.
+        await replica.flush_store(None)
+        left = len(store.of_layer(layer))
         if removed:
-            await self._replica.flush_store(None)
-            log.info("removed %d objects of deleted layer %d", removed, layer)
-        if store.of_layer(layer):
-            raise UnreachableError(f"objects of layer {layer} are busy; try again")
+            log.info("removed %d objects of layer %#x, %d are left", removed, layer, left)
+        return left, removed
+
+
+class LiveIndexes:
+    """Index ranges, to be looked in."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._ranges = sorted(ranges)
+        self._starts = [start for start, _ in self._ranges]
+        self._ends = list(accumulate((end for _, end in self._ranges), max))
+
+    def __contains__(self, index: int) -> bool:
+        place = bisect_right(self._starts, index) - 1
+        return place >= 0 and index < self._ends[place]

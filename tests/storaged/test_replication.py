@@ -13,15 +13,17 @@ from fakes.static_cluster import PG_COUNT, StaticCluster, static_cluster
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError, completion
 from sheepfs.core.errors import FencedError, StaleObjectError
-from sheepfs.core.geometry import data_object, pg_of
+from sheepfs.core.geometry import data_object, make_layer, pg_of
 from sheepfs.core.wire import FLAG_CREATE, Op
 from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
 from sheepfs.replication import Replicator
 
-VDI, LAYER = 2, 2
+VDI = 2
+LAYER, OPEN, LATER = (make_layer(serial, 2, 3) for serial in (2, 3, 4))
 OID = data_object(LAYER, 0)
+COPY = data_object(OPEN, 0)
 BLOCK = 4096
 
 

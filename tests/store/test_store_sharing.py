@@ -316,7 +316,7 @@ def test_what_a_peer_shares_is_shared_here(store: ObjectStore) -> None:
     wanted = store.layout(C)
     put(store, E, 0, get(store, C, 0, len(_DATA)), create=True)
     store.mark([D])
-    store.inherit(D, Sources(wanted.sources, wanted.layers), {A, B}, pool=3, pg=A % 4)
+    store.inherit(D, store.compose(D, wanted, {A, B}), pool=3, pg=A % 4)
     entry = store.get(D)
     assert entry is not None
     assert (entry.version, entry.suspect, entry.info().allocated) == (0, True, 0)
@@ -327,8 +327,6 @@ def test_what_a_peer_shares_is_shared_here(store: ObjectStore) -> None:
 
 def test_nothing_is_inherited_from_an_object_that_is_not_level(store: ObjectStore) -> None:
     put(store, A, 0, _DATA, create=True)
-    store.mark([B])
-    store.inherit(B, Sources(b"\1" * 1024, (_LAYERS[0],)), set(), pool=3, pg=0)
-    assert store.layout is not None
-    assert store.digests(B) == bytes(8192)
-    assert store.dependents(A) == []
+    found = store.compose(B, Sources(b"\1" * 1024, (_LAYERS[0],)), set())
+    assert found.overlay is None
+    assert found.table == bytes(8192)
