@@ -12,6 +12,11 @@ from typing import Protocol
 
 from sheepfs.core.wire import Buffer
 
+OnChange = Callable[[int], None]
+"""Called with the id of a VDI that another mount or a tool changed.
+
+In the thread of the event loop; it never waits and never raises.
+"""
 ReadDone = Callable[[int, Sequence[Buffer]], None]
 """Called once with (errno or 0, buffers that concatenate to the bytes read)."""
 Done = Callable[[int], None]
@@ -20,10 +25,11 @@ Done = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Attributes:
-    """What `stat` shows of a VDI; times in seconds since 1970, sizes in bytes.
+    """What `stat` shows of a VDI or snapshot; times in seconds since 1970, sizes in bytes.
 
-    `id` is the VDI's id: it never changes and is never reused, so it serves as inode number
-    (the mount's root is inode 1; ids start at 2).
+    `id` never changes and is never reused, so it serves as inode number (the mount's root is
+    inode 1; ids start at 2). VDIs and snapshots have ids of one counter. `name` is the file's:
+    `vm1.raw`, and `vm1@daily.raw` for its snapshot `daily` (`metadata.snapshot_file`).
     """
 
     id: int
@@ -35,6 +41,11 @@ class Attributes:
     gid: int
     modified: float
     changed: float
+    read_only: bool = False
+    """A snapshot: its content never changes and its mode has no write bits."""
+    family: int = 0
+    """Files of one family may share data; 0: not known. An empty VDI joins that of the first
+    file that it takes data from (`copy_range`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +57,17 @@ class Capacity:
 
 
 class OpenVolume(Protocol):
-    """One open VDI of this mount, shared by all its file handles.
+    """One open VDI or snapshot of this mount, shared by all its file handles.
 
     The first change (write, punch, resize, lock) attaches it: one writer in the whole cluster.
     The `done` callbacks may be called before the method returns; they never raise. Reads and
     writes beyond the end: reads are cut at `size`; writes grow the file.
     """
+
+    @property
+    def read_only(self) -> bool:
+        """A snapshot: whatever would change or attach it fails with ReadOnlyError (EROFS)."""
+        ...
 
     @property
     def size(self) -> int:
@@ -71,7 +87,12 @@ class OpenVolume(Protocol):
         ...
 
     async def attach(self) -> None:
-        """Become the VDI's one writer. Raises HeldElsewhereError (EBUSY) at once if another is."""
+        """Become the VDI's one writer.
+
+        Raises:
+            HeldElsewhereError: another mount is (EBUSY); told at once.
+            ReadOnlyError: it is a snapshot.
+        """
         ...
 
     async def detach(self) -> None:
@@ -104,10 +125,18 @@ class OpenVolume(Protocol):
 
 
 class Namespace(Protocol):
-    """All VDIs of the cluster. Errors are SheepError; `to_errno` turns them into errno."""
+    """All VDIs of the cluster and their snapshots. Errors are SheepError, made errno by `to_errno`.
+
+    A snapshot is found, opened and listed like a VDI, by its own name and id. It outlives its VDI,
+    whose name nothing else can take as long as there are snapshots of it.
+    """
+
+    on_change: list[OnChange]
+    """Called when a size or other attribute was changed by another than this namespace, and
+    `get` and open volumes already give the new ones. Calls for changes of its own do no harm."""
 
     async def list(self) -> Sequence[Attributes]:
-        """All VDIs by name; records that cannot be shown as files are left out (and logged)."""
+        """All VDIs and snapshots by name; what cannot be shown as a file is left out (logged)."""
         ...
 
     async def lookup(self, name: str) -> Attributes:
@@ -119,15 +148,40 @@ class Namespace(Protocol):
         ...
 
     async def create(self, name: str, mode: int, uid: int, gid: int) -> Attributes:
-        """Make an empty VDI. Raises VdiExistsError, UsageError (bad name)."""
+        """Make an empty VDI. Raises VdiExistsError, UsageError (bad name, one with '@')."""
+        ...
+
+    async def snapshot(self, vdi: int, tag: str) -> Attributes:
+        """Keep the VDI as it is now, wherever it is attached.
+
+        It is one moment of the VDI, as a power failure would leave it after a flush: all writes
+        completed before the call are in it, and none without those that were complete before it
+        was made.
+
+        Raises:
+            VdiExistsError: it has a snapshot of that tag.
+            UsageError: bad tag; `vdi` is a snapshot itself.
+            VdiNotFoundError: there is no such VDI.
+        """
         ...
 
     async def rename(self, old: str, new: str, replace: bool) -> None:
-        """Rename; an existing `new` is deleted if `replace`, else VdiExistsError."""
+        """Rename; an existing `new` is deleted if `replace`, else VdiExistsError.
+
+        Snapshots are renamed with their VDI. A snapshot's own name may change its tag alone.
+
+        Raises:
+            UsageError: bad name; a snapshot would become a VDI, or another VDI's snapshot.
+        """
         ...
 
     async def delete(self, name: str) -> None:
-        """Delete. Raises HeldElsewhereError while another mount holds it."""
+        """Delete a VDI or snapshot.
+
+        Raises:
+            HeldElsewhereError: another mount holds it.
+            SheepError: the snapshot is protected (EPERM).
+        """
         ...
 
     async def set_attributes(
@@ -138,11 +192,58 @@ class Namespace(Protocol):
         gid: int | None = None,
         modified: float | None = None,
     ) -> Attributes:
-        """Change what `chmod`, `chown` and `touch` change; it is kept in etcd."""
+        """Change what `chmod`, `chown` and `touch` change; it is kept in etcd.
+
+        Raises:
+            ReadOnlyError: a write bit in the mode, or `modified`, of a snapshot.
+        """
+        ...
+
+    async def get_user_attributes(self, vdi: int) -> dict[str, str]:
+        """Give what users keep with a VDI or snapshot (`user.*` without the prefix), a copy."""
+        ...
+
+    async def set_user_attribute(self, vdi: int, name: str, value: str | None) -> None:
+        """Set one of them; None removes it, and does nothing if there is none.
+
+        Raises:
+            UsageError: a bad name, or more in all than `metadata.check_attributes` takes.
+        """
         ...
 
     async def open(self, vdi: int) -> OpenVolume:
         """Open for a file handle; the same object for all handles of this mount."""
+        ...
+
+    async def copy_range(
+        self,
+        source: OpenVolume,
+        source_offset: int,
+        target: OpenVolume,
+        target_offset: int,
+        length: int,
+    ) -> int:
+        """Make a range of `target` equal to one of `source`, holes included; `target` may grow.
+
+        Whole objects at the same offset in both are shared, whatever their number, if the two
+        are of one family, or `target` is empty and joins it. All else (edges, other offsets and
+        families) is copied. Both are volumes of this namespace; they may be the same one.
+
+        Returns:
+            Bytes done from the start of the range: at least 1 except at or beyond the end of
+            `source`, and often fewer than `length`, since what has to be copied is done in
+            pieces, so that no call takes long.
+
+        Raises:
+            ReadOnlyError: `target` is a snapshot.
+            HeldElsewhereError: another mount holds `target`. (`source` may be held anywhere.)
+            UsageError: the ranges overlap in one VDI, or `target` would be too large.
+
+        Durability: like writes, durable with the next flush of `target`.
+        Cancellation: any part of the target's range may have been made equal, none is torn.
+        Ordering: sees all that was written to `source` before the call. What is written to either
+            range during the call may be in the result or not, each block of 4 KiB as a whole.
+        """
         ...
 
     async def capacity(self) -> Capacity:

@@ -7,13 +7,14 @@ request; what is not on the data path awaits the same operations with `completio
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import trio
 
+from sheepfs.backend import OpenVolume
 from sheepfs.core.errors import SheepError
-from sheepfs.core.wire import Header
+from sheepfs.core.wire import Buffer, Header
 from sheepfs.net.link import Link
 
 Completed: TypeAlias = Callable[[int], None]
@@ -55,6 +56,21 @@ async def completion(start: Callable[[Completed], None]) -> None:
     await finished.wait()
     if outcome[0]:
         raise OperationError(outcome[0])
+
+
+async def read_bytes(volume: OpenVolume, offset: int, length: int) -> bytes:
+    """Await a volume's read. Raises OperationError."""
+    parts: list[bytes] = []
+
+    def start(done: Completed) -> None:
+        def read(code: int, buffers: Sequence[Buffer]) -> None:
+            parts.append(b"".join(buffers))
+            done(code)
+
+        volume.read(offset, length, read)
+
+    await completion(start)
+    return parts[0]
 
 
 def ignore_answer(link: Link, header: Header | None, payload: memoryview | None) -> None:

@@ -1,4 +1,4 @@
-"""The cluster as one mount sees it: all VDIs, and the volumes it has open.
+"""The cluster as one mount sees it: all VDIs and snapshots, and the volumes it has open.
 
 Implements `sheepfs.backend.Namespace` on etcd (records, attach) and the storage daemons (data).
 """
@@ -9,39 +9,51 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import trio
 
-from sheepfs.backend import Attributes, Capacity
-from sheepfs.core.clustermap import ClusterMap
+from sheepfs.backend import Attributes, Capacity, OnChange, OpenVolume
 from sheepfs.core.errors import (
     FencedError,
+    HeldElsewhereError,
+    ReadOnlyError,
+    RetryableError,
     SheepError,
     UnreachableError,
+    UsageError,
     VdiNotFoundError,
 )
-from sheepfs.core.metadata import Keys, VdiRecord
+from sheepfs.core.metadata import (
+    Keys,
+    RequestRecord,
+    SnapshotRecord,
+    VdiRecord,
+    split_name,
+)
 from sheepfs.core.wire import Op
+from sheepfs.frozen import FrozenVolume, snapshot_attributes
+from sheepfs.holder_requests import ask
+from sheepfs.listing import Listing, Named
 from sheepfs.net.attach import Attachment, attach, detach, reclaim_after_lease_loss, save
 from sheepfs.net.catalog import Catalog
-from sheepfs.net.etcd import Etcd
 from sheepfs.net.fencing import fence_everywhere
-from sheepfs.net.groups import plain_errors
-from sheepfs.net.link import Link, next_request
+from sheepfs.net.link import next_request
 from sheepfs.net.router import Router
 from sheepfs.net.store import LeaseKeeper, Store
+from sheepfs.sharing import Shareable, copy_range
+from sheepfs.snapshots import Snapshots
 from sheepfs.volume import Volume
 
 log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 10
-LIST_FRESH_S = 1.0
 START_TIMEOUT_S = 10.0
 CAPACITY_TIMEOUT_S = 1.0
 DEFAULT_COPIES = 3
 STALL_REPORT_S = 1.0
+HOLDER_TRIES = 5
 
 
 class Cluster:
@@ -51,88 +63,93 @@ class Cluster:
         self, store: Store, keys: Keys, catalog: Catalog, router: Router, owner: str,
         nursery: trio.Nursery,
     ) -> None:  # fmt: skip
+        self.on_change: list[OnChange] = []
+        self.catalog = catalog
+        self.router = router
         self._store = store
         self._keys = keys
-        self._catalog = catalog
-        self._router = router
         self._owner = owner
         self._nursery = nursery
-        self._volumes: dict[int, Volume] = {}
-        self._listed: dict[str, VdiRecord] = {}
-        self._names: dict[int, str] = {}
-        self._listed_at = float("-inf")
-        self._listing = trio.Lock()
+        self._volumes: dict[int, Volume | FrozenVolume] = {}
+        self._listing = Listing(catalog, self._take_list)
         self._keeper: LeaseKeeper | None = None
         self._keeper_lock = trio.Lock()
+        self.snapshots = Snapshots(store, keys, catalog, router, self._lease)
 
     # -- names ------------------------------------------------------------------------------
 
-    async def _fresh_list(self) -> dict[str, VdiRecord]:
-        """All records, at most a second old; one reading for all who ask at the same time."""
-        async with self._listing:
-            if trio.current_time() - self._listed_at > LIST_FRESH_S:
-                asked_at = trio.current_time()
-                found = await self._catalog.vdis()
-                self._listed = {name: record for name, record, _ in found}
-                self._names = {record.id: name for name, record in self._listed.items()}
-                self._listed_at = asked_at
-                for name, record in self._listed.items():
-                    if volume := self._volumes.get(record.id):
-                        volume.refresh(name, record)
-            return self._listed
+    def _take_list(self, found: list[Named]) -> None:
+        """Let open volumes know what others changed."""
+        for item in found:
+            volume = self._volumes.get(item.record.id)
+            if isinstance(volume, Volume) and isinstance(item.record, VdiRecord):
+                before = volume.attributes()
+                volume.refresh(item.name, item.record)
+                if volume.attributes() != before:
+                    self._changed(item.record.id)
+            elif isinstance(volume, FrozenVolume) and isinstance(item.record, SnapshotRecord):
+                volume.refresh(item.name, item.record)
 
-    def _stale(self) -> None:
-        self._listed_at = float("-inf")
+    def _changed(self, vdi: int) -> None:
+        for listener in self.on_change:
+            listener(vdi)
 
-    def _attributes(self, name: str, record: VdiRecord) -> Attributes:
-        volume = self._volumes.get(record.id)
+    def _attributes(self, item: Named) -> Attributes:
+        volume = self._volumes.get(item.record.id)
         if volume is not None:
             return volume.attributes()
+        record = item.record
+        if isinstance(record, SnapshotRecord):
+            return snapshot_attributes(item.name, record)
         return Attributes(
-            record.id, name, record.size, record.allocated, record.mode, record.uid, record.gid,
-            record.modified, record.changed,
+            record.id, item.name, record.size, record.allocated, record.mode, record.uid,
+            record.gid, record.modified, record.changed, False, record.family,
         )  # fmt: skip
 
     async def list(self) -> Sequence[Attributes]:
-        """All VDIs by name."""
-        return [self._attributes(n, r) for n, r in sorted((await self._fresh_list()).items())]
+        """All VDIs and snapshots by name."""
+        return [self._attributes(item) for _, item in sorted((await self._listing.names()).items())]
 
     async def lookup(self, name: str) -> Attributes:
         """Attributes by name. Raises VdiNotFoundError."""
-        record = (await self._fresh_list()).get(name)
-        if record is None:
-            raise VdiNotFoundError(f"there is no VDI {name!r}")
-        return self._attributes(name, record)
+        return self._attributes(await self._listing.by_name(name))
 
     async def get(self, vdi: int) -> Attributes:
         """Attributes by id. Raises VdiNotFoundError."""
         if volume := self._volumes.get(vdi):
             return volume.attributes()
-        name, record = await self._by_id(vdi)
-        return self._attributes(name, record)
-
-    async def _by_id(self, vdi: int) -> tuple[str, VdiRecord]:
-        listed = await self._fresh_list()
-        name = self._names.get(vdi)
-        if name is None:
-            raise VdiNotFoundError(f"there is no VDI with id {vdi}")
-        return name, listed[name]
+        return self._attributes(await self._listing.by_id(vdi))
 
     async def create(self, name: str, mode: int, uid: int, gid: int) -> Attributes:
         """Make an empty VDI of three copies. Raises VdiExistsError, UsageError."""
-        record = await self._catalog.create(name, 0, DEFAULT_COPIES, mode, uid, gid)
-        self._stale()
-        return self._attributes(name, record)
+        record = await self.catalog.create(name, 0, DEFAULT_COPIES, mode, uid, gid)
+        self._listing.forget()
+        return self._attributes(Named(name, record, name))
 
     async def rename(self, old: str, new: str, replace: bool) -> None:
-        """Rename; an existing `new` goes to the trash if `replace`, else VdiExistsError."""
-        await self._catalog.rename(old, new, replace)
-        self._stale()
+        """Rename a VDI, or change the tag of a snapshot; see `sheepfs.backend.Namespace`."""
+        vdi, tag = split_name(old)
+        new_vdi, new_tag = split_name(new)
+        if not tag and not new_tag:
+            await self.catalog.rename(old, new, replace)
+        elif not tag or not new_tag or vdi != new_vdi:
+            raise UsageError(f"{old} to {new}: of a snapshot's name only the tag can be changed")
+        elif tag != new_tag:
+            if replace:
+                with_tag = (await self._listing.names()).get(new)
+                if with_tag is not None:
+                    await self.catalog.delete_snapshot(vdi, new_tag)
+            await self.catalog.rename_snapshot(vdi, tag, new_tag)
+        self._listing.forget()
 
     async def delete(self, name: str) -> None:
-        """Delete. Raises HeldElsewhereError while any mount holds it."""
-        await self._catalog.delete(name)
-        self._stale()
+        """Delete a VDI or snapshot. Raises HeldElsewhereError while any mount holds it."""
+        vdi, tag = split_name(name)
+        if tag:
+            await self.catalog.delete_snapshot(vdi, tag)
+        else:
+            await self.catalog.delete(name)
+        self._listing.forget()
 
     async def set_attributes(
         self,
@@ -143,63 +160,107 @@ class Cluster:
         modified: float | None = None,
     ) -> Attributes:
         """Change mode, owner and times in etcd."""
-        name, _ = await self._by_id(vdi)
-
-        def change(record: VdiRecord) -> VdiRecord:
-            return dataclasses.replace(
-                record,
-                mode=record.mode if mode is None else mode,
-                uid=record.uid if uid is None else uid,
-                gid=record.gid if gid is None else gid,
-                modified=record.modified if modified is None else modified,
-                changed=time.time(),
+        item = await self._listing.by_id(vdi)
+        if isinstance(item.record, SnapshotRecord):
+            if modified is not None or (mode is not None and mode & 0o222):
+                raise ReadOnlyError(f"{item.name} is a snapshot: it cannot be changed")
+            await self.catalog.update_snapshot(
+                item.record.vdi,
+                item.tag,
+                lambda r: dataclasses.replace(
+                    r,
+                    mode=r.mode if mode is None else mode,
+                    uid=r.uid if uid is None else uid,
+                    gid=r.gid if gid is None else gid,
+                ),
             )
+        else:
+            await self.catalog.update(
+                vdi,
+                lambda r: dataclasses.replace(
+                    r,
+                    mode=r.mode if mode is None else mode,
+                    uid=r.uid if uid is None else uid,
+                    gid=r.gid if gid is None else gid,
+                    modified=r.modified if modified is None else modified,
+                    changed=time.time(),
+                ),
+            )
+        volume = self._volumes.get(vdi)
+        if isinstance(volume, Volume) and modified is not None:
+            volume.set_modified(modified)
+        self._listing.forget()
+        return self._attributes(await self._listing.by_id(vdi))
 
-        record = await self._catalog.update(name, change)
-        self._stale()
-        if volume := self._volumes.get(vdi):
-            volume.refresh(name, record)
-            if modified is not None:
-                volume.set_modified(modified)
-        return self._attributes(name, record)
+    async def get_user_attributes(self, vdi: int) -> dict[str, str]:
+        """Give what users keep with a VDI or snapshot."""
+        return dict((await self._listing.by_id(vdi)).record.attributes)
+
+    async def set_user_attribute(self, vdi: int, name: str, value: str | None) -> None:
+        """Set one of these; None removes it."""
+        item = await self._listing.by_id(vdi)
+        await self.catalog.set_attribute(item.name if item.tag else vdi, name, value)
+        self._listing.forget()
+
+    def names_changed(self) -> None:
+        """A record was changed past this object: read again before the next answer."""
+        self._listing.forget()
 
     # -- volumes ----------------------------------------------------------------------------
 
-    async def open(self, vdi: int) -> Volume:
+    async def open(self, vdi: int) -> Volume | FrozenVolume:
         """Open for one more file handle; all handles of this mount share the volume."""
         volume = self._volumes.get(vdi)
         if volume is None:
-            name, record = await self._by_id(vdi)
-            await self._wait_pool(record.copies)
-            volume = self._volumes.setdefault(
-                vdi, Volume(name, record, self._router, self, self._nursery)
-            )
+            item = await self._listing.by_id(vdi)
+            await self._wait_pool(item.record.copies)
+            volume = self._volumes.setdefault(vdi, self._make(item))
         volume.handles += 1
+        return volume
+
+    def _make(self, item: Named) -> Volume | FrozenVolume:
+        if isinstance(item.record, SnapshotRecord):
+            frozen = FrozenVolume(item.name, item.record, self.router, self._nursery)
+            frozen.on_idle = self._forget_volume
+            return frozen
+        volume = Volume(item.name, item.record, self.router, self, self._nursery)
         volume.on_idle = self._forget_volume
         return volume
 
-    def _forget_volume(self, volume: Volume) -> None:
+    @asynccontextmanager
+    async def opened(self, vdi: int) -> AsyncIterator[Volume | FrozenVolume]:
+        """Open for as long as the block runs."""
+        volume = await self.open(vdi)
+        try:
+            yield volume
+        finally:
+            with trio.CancelScope(shield=True):
+                await volume.close()
+
+    def _forget_volume(self, volume: Volume | FrozenVolume) -> None:
         self._volumes.pop(volume.record.id, None)
-        self._stale()
+        self._listing.forget()
 
     async def _wait_pool(self, copies: int) -> None:
         with trio.move_on_after(START_TIMEOUT_S):
-            while copies not in self._router.map.pools:
-                await self._router.wait_map()
+            while copies not in self.router.map.pools:
+                await self.router.wait_map()
             return
         raise UnreachableError(
             f"no storage daemon has made the pool of {copies} copies: are daemons running?"
         )
 
+    # -- sheepfs.volume.Attacher ------------------------------------------------------------
+
     async def attach(self, vdi: int) -> Attachment:
         """Become the holder of a VDI (for Volume). Raises HeldElsewhereError."""
         keeper = await self._lease()
         attachment = await attach(self._store, self._keys, vdi, self._owner, keeper, self._fence)
-        self._stale()
+        self._listing.forget()
         return attachment
 
     async def _fence(self, vdi: int, token: int) -> None:
-        await fence_everywhere(self._router, vdi, token)
+        await fence_everywhere(self.router, vdi, token)
 
     async def is_held(self, vdi: int) -> bool:
         """Tell whether any mount holds the VDI."""
@@ -214,25 +275,26 @@ class Cluster:
                 modified=record.modified,
             ),
         )  # fmt: skip
-        self._stale()
+        self._listing.forget()
 
-    async def detach(self, attachment: Attachment, record: VdiRecord, *, clean: bool) -> None:
-        """Let a VDI go."""
+    async def detach(
+        self, attachment: Attachment, record: VdiRecord, *, clean: bool, dropped: bool
+    ) -> None:
+        """Let a VDI go; `dropped`: some frozen objects may be of no use to anyone now."""
         try:
             await detach(
                 attachment,
                 lambda r: dataclasses.replace(
-                    r,
-                    size=record.size,
-                    maps=record.maps,
-                    allocated=record.allocated,
-                    modified=record.modified,
+                    r, size=record.size, maps=record.maps, allocated=record.allocated,
+                    modified=record.modified, layer=record.layer, next=0,
                 ),
                 clean=clean,
-            )
+            )  # fmt: skip
+            if dropped:
+                await self.catalog.want_reclaim(record.family)
         except FencedError as error:
             log.warning("VDI %d: %s", record.id, error)
-        self._stale()
+        self._listing.forget()
 
     async def _lease(self) -> LeaseKeeper:
         """One lease for all VDIs that this mount holds."""
@@ -247,7 +309,9 @@ class Cluster:
     async def _watch_lease(self, keeper: LeaseKeeper) -> None:
         """After an etcd outage our lease may be gone: hold on to what nobody took meanwhile."""
         await keeper.lost.wait()
-        held = [v for v in self._volumes.values() if v.attachment is not None]
+        held = [
+            v for v in self._volumes.values() if isinstance(v, Volume) and v.attachment is not None
+        ]
         if not held:
             return
         log.warning("the lease in etcd has ended; taking %d VDIs back", len(held))
@@ -272,6 +336,160 @@ class Cluster:
         if self._keeper is not None and not self._keeper.lost.is_set():
             await self._store.revoke(self._keeper.lease)
 
+    # -- snapshots and shares ---------------------------------------------------------------
+
+    async def snapshot(self, vdi: int, tag: str) -> Attributes:
+        """Keep a VDI as it is now; if another mount holds it, that one is asked to."""
+        item = await self._listing.by_id(vdi)
+        if isinstance(item.record, SnapshotRecord):
+            raise UsageError(f"{item.name} is a snapshot itself")
+        await self._at_holder(
+            vdi, "snapshot", {"tag": tag}, lambda volume: self.snapshots.snapshot(volume, tag)
+        )
+        made = await self.catalog.snapshot(item.name, tag)
+        return snapshot_attributes(made.file, made.record)
+
+    async def clone(self, vdi: int, name: str) -> Attributes:
+        """Make a new VDI that begins as a VDI, or a snapshot, is now."""
+        item = await self._listing.by_id(vdi)
+        if isinstance(item.record, SnapshotRecord):
+            await self.snapshots.clone_snapshot(item.record, name)
+        else:
+            await self._at_holder(
+                vdi, "clone", {"name": name}, lambda volume: self.snapshots.clone(volume, name)
+            )
+        self._listing.forget()
+        return await self.lookup(name)
+
+    async def resize(self, vdi: int, size: int) -> None:
+        """Grow or cut a VDI, wherever it is held."""
+        await self._at_holder(
+            vdi, "resize", {"size": str(size)}, lambda volume: volume.resize(size)
+        )
+
+    async def rollback(self, vdi: int, snapshot: SnapshotRecord) -> None:
+        """Make a VDI as one of its family's snapshots is. Raises HeldElsewhereError."""
+        async with self.opened(vdi) as volume:
+            if not isinstance(volume, Volume):
+                raise ReadOnlyError(f"{volume.name} is a snapshot: it cannot be changed")
+            await self.snapshots.rollback(volume, snapshot)
+        self._listing.forget()
+
+    async def _at_holder(
+        self,
+        vdi: int,
+        what: str,
+        arguments: dict[str, str],
+        here: Callable[[Volume], Awaitable[object]],
+    ) -> None:
+        """Do something as the VDI's holder, or have its holder do it."""
+        async with self.opened(vdi) as volume:
+            if not isinstance(volume, Volume):
+                raise ReadOnlyError(f"{volume.name} is a snapshot: it cannot be changed")
+            for _ in range(HOLDER_TRIES):
+                try:
+                    await volume.borrow()
+                    try:
+                        await here(volume)
+                    finally:
+                        with trio.CancelScope(shield=True):
+                            await volume.give_back()
+                    break
+                except HeldElsewhereError:
+                    lease = (await self._lease()).lease
+                    try:
+                        await ask(self._store, self._keys, vdi, what, arguments, lease)
+                        break
+                    except RetryableError as error:
+                        # The holder let it go meanwhile, or another took it.
+                        log.info("%s of %s: %s", what, volume.name, error)
+            else:
+                raise UnreachableError(f"{volume.name} goes from mount to mount: try again")
+        self._listing.forget()
+
+    async def serve_request(self, vdi: int, request: RequestRecord) -> bool:
+        """Do what another asks of the holder; False: the VDI is not held here."""
+        volume = self._volumes.get(vdi)
+        if not isinstance(volume, Volume) or volume.attachment is None:
+            return False
+        arguments = request.arguments
+        try:
+            if request.what == "snapshot":
+                await self.snapshots.snapshot(volume, arguments["tag"])
+            elif request.what == "clone":
+                await self.snapshots.clone(volume, arguments["name"])
+            elif request.what == "freeze":
+                await self.snapshots.freeze(volume)
+            elif request.what == "resize":
+                await volume.resize(int(arguments["size"]))
+                self._changed(vdi)
+            else:
+                raise UsageError(f"this mount is too old to do {request.what!r}")
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"a bad request for {request.what!r}: {error}") from error
+        self._listing.forget()
+        return True
+
+    async def copy_range(
+        self, source: OpenVolume, source_offset: int, target: OpenVolume, target_offset: int,
+        length: int,
+    ) -> int:  # fmt: skip
+        """Make a range of `target` equal to one of `source`; see the protocol."""
+        return await copy_range(self, source, source_offset, target, target_offset, length)
+
+    async def join_family(self, target: Volume, source: Shareable) -> bool:
+        """Tell whether two may share objects; an empty target joins the source's family."""
+        if target.record.family == source.record.family:
+            return True
+        if not target.is_empty:
+            return False
+        await self.snapshots.join_family(target, source.record)
+        return True
+
+    async def frozen_entries(self, source: Shareable, first: int, last: int) -> dict[int, int]:
+        """Give index -> layer for sharing, from `first` on, as far as all are frozen."""
+        if isinstance(source, FrozenVolume):
+            return await source.entries(first, last)
+        vdi = source.record.id
+        if source.attachment is None and await self.is_held(vdi):
+            await self._at_holder(vdi, "freeze", {}, self.snapshots.freeze)
+        if source.attachment is None:
+            await source.look_again()
+            _, stored, _ = await self.catalog.find(vdi)
+            opened = {stored.layer, stored.next}
+        else:
+            opened = {source.open_layer}
+        entries = await source.entries(first, last)
+        if source.open_layer in entries.values() or len(entries) < last - first:
+            await self._at_holder(vdi, "freeze", {}, self.snapshots.freeze)
+            opened = {source.open_layer}
+            entries = await source.entries(first, last)
+        return _before(entries, opened)
+
+    async def check_exists(self, item: int) -> None:
+        """Make sure that a VDI or snapshot is still there, if only in the trash.
+
+        Raises:
+            VdiNotFoundError: it is gone for good.
+        """
+        self._listing.forget()
+        try:
+            await self._listing.by_id(item)
+        except VdiNotFoundError:
+            if await self._store.get(self._keys.trashed(item)) is None:
+                raise
+
+    async def follow(self) -> None:
+        """Let open volumes see at once what others changed in their records."""
+        async with self._store.watch(self._keys.vdis) as hints:
+            async for _ in hints:
+                if any(v.attachment is None for v in self._volumes.values()):
+                    self._listing.forget()
+                    try:
+                        await self._listing.names()
+                    except SheepError as error:
+                        log.debug("names cannot be read: %s", error)
+
     # -- the cluster ------------------------------------------------------------------------
 
     async def capacity(self) -> Capacity:
@@ -280,7 +498,7 @@ class Cluster:
 
         async def ask(node: int) -> None:
             nonlocal total, free
-            link = self._router.link(node)
+            link = self.router.link(node)
             if link is None:
                 return
             try:
@@ -291,9 +509,9 @@ class Cluster:
                 log.info("node %d tells no capacity: %s", node, error)
 
         async with trio.open_nursery() as nursery:
-            for node in self._router.map.nodes:
+            for node in self.router.map.nodes:
                 nursery.start_soon(ask, node)
-        copies = max(1, min(DEFAULT_COPIES, len(self._router.map.nodes)))
+        copies = max(1, min(DEFAULT_COPIES, len(self.router.map.nodes)))
         return Capacity(total // copies, free // copies)
 
     async def report_stalls(self) -> None:
@@ -305,71 +523,15 @@ class Cluster:
             if stalled != shown:
                 shown = stalled
                 body = json.dumps({"stalled": stalled}).encode()
-                for link in list(self._router.links.values()):
+                for link in list(self.router.links.values()):
                     link.request(Op.REPORT, next_request(), lambda *_: None, body)
 
 
-async def fetch_map(store: Store, keys: Keys) -> ClusterMap | None:
-    """Read the cluster map from etcd."""
-    found = await store.get(keys.map)
-    return None if found is None else ClusterMap.decode(found.value)
-
-
-@asynccontextmanager
-async def connect(etcd: str, cluster: str, owner: str) -> AsyncIterator[Cluster]:
-    """Connect to a cluster for as long as the block runs.
-
-    Args:
-        etcd: `HOST:PORT[,HOST:PORT]`.
-        owner: names this mount in messages to others.
-
-    Raises:
-        UnreachableError: etcd does not answer, or no storage daemon is up.
-        UsageError: there is no such cluster.
-    """
-    keys = Keys(cluster)
-    store = Etcd(etcd)
-    try:
-        catalog = Catalog(store, keys)
-        config = await catalog.config()
-        router = Router(config.cluster, lambda: fetch_map(store, keys))
-        first = await fetch_map(store, keys)
-        if first is not None:
-            router.take_map(first)
-        with plain_errors():
-            async with trio.open_nursery() as nursery:
-                await nursery.start(router.run)
-                await _wait_for_a_node(router)
-                me = Cluster(store, keys, catalog, router, owner, nursery)
-                nursery.start_soon(me.report_stalls)
-                try:
-                    yield me
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await me.close()
-                    nursery.cancel_scope.cancel()
-    finally:
-        with trio.CancelScope(shield=True):
-            await store.aclose()
-
-
-async def _wait_for_a_node(router: Router) -> None:
-    linked = trio.Event()
-
-    def on_link(link: Link) -> None:
-        linked.set()
-
-    router.on_link.append(on_link)
-    try:
-        with trio.move_on_after(START_TIMEOUT_S):
-            if not router.links:
-                await linked.wait()
-            return
-    finally:
-        router.on_link.remove(on_link)
-    known = ", ".join(f"{n.id} at {n.address}" for n in router.map.nodes.values())
-    raise UnreachableError(
-        "no storage daemon can be reached; "
-        + (f"the cluster has nodes {known}" if known else "the cluster has no nodes yet")
-        + ": start sheepfs-storaged on them"
-    )
+def _before(entries: dict[int, int], layers: set[int]) -> dict[int, int]:
+    """Give the entries, in order, up to the first of one of these layers."""
+    result = {}
+    for index, layer in entries.items():
+        if layer in layers:
+            break
+        result[index] = layer
+    return result

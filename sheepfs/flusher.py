@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 import trio
 
-from sheepfs.callbacks import Completed, completion, ignore_answer
+from sheepfs.callbacks import Completed, completion
 from sheepfs.core.errors import SheepError, to_errno
-from sheepfs.core.geometry import BLOCK_SIZE, map_object
+from sheepfs.core.geometry import BLOCK_SIZE, describe_oid, map_object
 from sheepfs.core.wire import FLAG_CREATE, Op
-from sheepfs.net.link import next_request
 from sheepfs.replication import Replicator
 from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
 
@@ -27,10 +28,18 @@ log = logging.getLogger(__name__)
 FLUSH_EVERY_S = 5.0
 
 
+class Taken(NamedTuple):
+    """What one flush makes durable besides data: map pages, and objects that are holes now."""
+
+    pages: dict[int, bytes]
+    discarded: dict[int, int]
+
+
 class Flusher:
     """Makes one attached VDI durable.
 
     Args:
+        layer: the layer id of the VDI's map objects.
         save: puts size and map objects in etcd if they changed.
         is_saved: tells whether that has nothing to do.
     """
@@ -57,6 +66,8 @@ class Flusher:
         self._wanted = trio.Event()
         self._busy = False
         """A flush is under way: who asks now waits for the next one."""
+        self._pausing = 0
+        self._freed = trio.Event()
         self._unreported = 0
         self.discarded: dict[int, int] = {}
         """Objects made holes -> their last version; deleted once the map is durable."""
@@ -73,7 +84,7 @@ class Flusher:
 
     def _start_directly(self, done: Completed) -> bool:
         """Where only data is to be flushed, the most frequent case, no task need wake up."""
-        if self._map.is_dirty or self._unreported or not self._is_saved():
+        if self._map.is_dirty or self._unreported or self._pausing or not self._is_saved():
             return False
 
         def flushed(good: bool) -> None:
@@ -84,14 +95,31 @@ class Flusher:
                 done(0 if good else errno.EIO)
 
         self._busy = True
-        started = self._replicator.flush_directly(self._layer, flushed)
+        started = self._replicator.unflushed.flush_directly(flushed)
         self._busy = started and self._busy
         return started
 
     def _end(self) -> None:
         self._busy = False
+        self._freed.set()
+        self._freed = trio.Event()
         if self._waiters:
             self._wanted.set()
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Let no flush begin inside of the block, which begins when none is under way."""
+        self._pausing += 1
+        try:
+            while self._busy:
+                await self._freed.wait()
+            self._busy = True
+        finally:
+            self._pausing -= 1
+        try:
+            yield
+        finally:
+            self._end()
 
     @property
     def is_asked(self) -> bool:
@@ -112,11 +140,12 @@ class Flusher:
             with trio.move_on_after(FLUSH_EVERY_S):
                 await self._wanted.wait()
             self._wanted = trio.Event()
-            if self._busy:
+            if self._busy or self._pausing:
                 continue
             self._served, self._waiters = self._waiters, []
             # Without a waiter: bound what a crash can lose, like a disk that empties its cache.
-            if self._served or self._replicator.dirty or self._map.is_dirty or self.discarded:
+            unflushed = self._replicator.unflushed.groups
+            if self._served or unflushed or self._map.is_dirty or self.discarded:
                 self._busy = True
                 code = await self._try()
                 self._end()
@@ -140,37 +169,33 @@ class Flusher:
             done(code)
 
     async def _flush(self) -> None:
-        pages = self._map.take_dirty()
+        await self.store(self.begin())
+
+    def restart(self, layer: int, vdi_map: VdiMap) -> None:
+        """Go on with another map, stored under another layer id; flushes are paused."""
+        self._layer, self._map = layer, vdi_map
+        self.discarded = {}
+
+    def begin(self) -> Taken:
+        """Take what is to be stored, as it is at this moment."""
         discarded, self.discarded = self.discarded, {}
+        return Taken(self._map.take_dirty(), discarded)
+
+    async def store(self, taken: Taken) -> None:
+        """Make data durable, then what was taken. Raises SheepError: it is taken back."""
+        unflushed = self._replicator.unflushed
         try:
-            await self._replicator.make_durable(self._layer)
-            if pages:
-                await self._store_pages(pages)
-                await self._replicator.make_durable(self._layer)
+            await unflushed.make_durable()
+            if taken.pages:
+                await store_pages(self._replicator, self._layer, self._map, taken.pages)
+                await unflushed.make_durable()
             await self._save()
         except BaseException:
-            self._map.give_back(set(pages))
-            self.discarded = {**discarded, **self.discarded}
+            self._map.give_back(set(taken.pages))
+            self.discarded = {**taken.discarded, **self.discarded}
             raise
-        for oid, version in discarded.items():
+        for oid, version in taken.discarded.items():
             self._delete(oid, version)
-
-    async def _store_pages(self, pages: dict[int, bytes]) -> None:
-        for number, page in sorted(pages.items()):
-            map_index, place = divmod(number, PAGES_PER_OBJECT)
-            state = self._replicator.state(map_object(self._layer, map_index))
-            flags = 0
-            if not self._map.existing >> map_index & 1:
-                flags = FLAG_CREATE
-                state.ready = not state.opening
-            await completion(
-                lambda done, state=state, place=place, page=page, flags=flags: (  # type: ignore[misc]
-                    self._replicator.change(
-                        state, Op.WRITE, place * BLOCK_SIZE, BLOCK_SIZE, page, done, flags
-                    )
-                )
-            )
-            self._map.existing |= 1 << map_index
 
     def _delete(self, oid: int, version: int) -> None:
         """Free a discarded object's space; best effort, the map does not name it any more."""
@@ -181,14 +206,36 @@ class Flusher:
             return
         if state.version not in (0, version):
             return  # It was made again.
-        del replicator.objects[oid]
-        for link in replicator.members(state.pg):
-            link.request(
-                Op.DELETE,
-                next_request(),
-                ignore_answer,
-                b"",
-                prev=version,
-                version=version + 1,
-                **replicator.fields(oid, state.pg),
+        state.version, state.ready = version, True
+
+        def deleted(code: int) -> None:
+            if code:
+                log.warning("%s: %s stays for now", self._name, describe_oid(oid))
+            elif replicator.objects.get(oid) is state and not replicator.in_use(state):
+                del replicator.objects[oid]
+
+        replicator.change(state, Op.DELETE, 0, 0, b"", deleted)
+
+
+async def store_pages(
+    replicator: Replicator, layer: int, vdi_map: VdiMap, pages: Mapping[int, bytes]
+) -> None:
+    """Write map pages to the map objects of a layer id; `vdi_map.existing` learns of new ones.
+
+    Durability: none before the next flush. Raises: SheepError.
+    """
+    for number, page in sorted(pages.items()):
+        map_index, place = divmod(number, PAGES_PER_OBJECT)
+        state = replicator.state(map_object(layer, map_index))
+        flags = 0
+        if not vdi_map.existing >> map_index & 1:
+            flags = FLAG_CREATE
+            state.ready = not state.opening
+        await completion(
+            lambda done, state=state, place=place, page=page, flags=flags: (  # type: ignore[misc]
+                replicator.change(
+                    state, Op.WRITE, place * BLOCK_SIZE, BLOCK_SIZE, page, done, flags
+                )
             )
+        )
+        vdi_map.existing |= 1 << map_index

@@ -177,7 +177,7 @@ def parse(arguments: Sequence[str]) -> Settings:
 
 def _cluster_connect(etcd: str, cluster: str, owner: str) -> AbstractAsyncContextManager[Namespace]:
     # Here, not above: --help and a bad mount point need neither etcd nor its threads.
-    from sheepfs.cluster import connect
+    from sheepfs.connecting import connect
 
     return connect(etcd, cluster, owner)
 

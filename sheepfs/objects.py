@@ -26,7 +26,7 @@ from sheepfs.core.errors import (
     SheepError,
     StaleEpochError,
 )
-from sheepfs.core.geometry import describe_oid, pg_of
+from sheepfs.core.geometry import describe_oid, pg_of, pool_of
 from sheepfs.core.wire import Header, Op, prepare
 from sheepfs.net.link import Link, next_request
 from sheepfs.net.router import Router
@@ -42,19 +42,19 @@ Later = Callable[[Callable[[], Coroutine[Any, Any, None]], Callable[[int], None]
 class ObjectReader:
     """Reads the objects of one VDI; `token` is 0 for a reader that does not hold it."""
 
-    def __init__(self, router: Router, vdi: int, pool: int) -> None:
+    def __init__(self, router: Router, vdi: int) -> None:
         self.token = 0
         self._router = router
         self._vdi = vdi
-        self._pool = pool
         self._turn = count()
 
     def _fields(self, oid: int) -> dict[str, int]:
         cluster_map = self._router.map
+        pool = pool_of(oid)
         return {
             "oid": oid,
-            "pool": self._pool,
-            "pg": pg_of(oid, len(cluster_map.pools[self._pool])),
+            "pool": pool,
+            "pg": pg_of(oid, len(cluster_map.pools[pool])),
             "epoch": cluster_map.epoch,
             "vdi": self._vdi,
             "token": self.token,
@@ -63,7 +63,8 @@ class ObjectReader:
     def read(self, oid: int, offset: int, length: int, done: ReadDone, later: Later) -> None:
         """Read from one member; the buffers are valid during `done` only."""
         cluster_map = self._router.map
-        pgs = cluster_map.pools[self._pool]
+        pool = pool_of(oid)
+        pgs = cluster_map.pools[pool]
         pg = pg_of(oid, len(pgs))
         sync = pgs[pg].sync
         link = self._router.links.get(sync[next(self._turn) % len(sync)]) if sync else None
@@ -80,7 +81,7 @@ class ObjectReader:
         request = next_request()
         link.pending[request] = answer
         unsealed = prepare(
-            Op.READ, 0, request, cluster_map.epoch, self._vdi, self._pool, pg, self.token, oid,
+            Op.READ, 0, request, cluster_map.epoch, self._vdi, pool, pg, self.token, oid,
             offset, length, 0, 0, 0, 0,
         )  # fmt: skip
         link.connection.send_frame(unsealed.seal(link.session))
@@ -104,10 +105,14 @@ class ObjectReader:
         """Give the 128-byte bitmap of the object's blocks that may hold data."""
         return await self._ask(oid, Op.EXTENTS, 0, 0)
 
+    async def sums(self, oid: int) -> bytes:
+        """Give the 8 KiB table of the object's block checksums; 0 for a block of zeros."""
+        return await self._ask(oid, Op.SUMS, 0, 0)
+
     async def _ask(self, oid: int, op: int, offset: int, span: int) -> bytes:
         while True:
             fields = self._fields(oid)
-            sync = self._router.map.pools[self._pool][fields["pg"]].sync
+            sync = self._router.map.pools[fields["pool"]][fields["pg"]].sync
             bad: dict[int, SheepError] = {}
             for node in sync:
                 link = self._router.link(node)

@@ -42,7 +42,7 @@ class VdiMap:
     def __init__(self, existing: int, load_range: LoadRange) -> None:
         self.existing = existing
         self.pages: dict[int, array[int]] = {}
-        self._load_range = load_range
+        self.load_range = load_range
         self._dirty: set[int] = set()
         self.creating: set[int] = set()
 
@@ -84,9 +84,7 @@ class VdiMap:
         map_index, page = divmod(number, PAGES_PER_OBJECT)
         first = page - page % PAGES_PER_LOAD
         if self.existing >> map_index & 1:
-            data = await self._load_range(
-                map_index, first * BLOCK_SIZE, PAGES_PER_LOAD * BLOCK_SIZE
-            )
+            data = await self.load_range(map_index, first * BLOCK_SIZE, PAGES_PER_LOAD * BLOCK_SIZE)
         else:
             data = _EMPTY * PAGES_PER_LOAD
         base = map_index * PAGES_PER_OBJECT + first
@@ -108,11 +106,15 @@ class VdiMap:
         else:
             self._set(index, 0)
 
+    def replace(self, index: int, layer: int) -> None:
+        """The object of `index` is that of another layer now; it exists on all members."""
+        self._set(index, layer)
+        self._dirty.add(index // MAP_ENTRIES_PER_BLOCK)
+
     def discard(self, index: int) -> None:
         """Make an object a hole."""
         self.creating.discard(index)
-        self._set(index, 0)
-        self._dirty.add(index // MAP_ENTRIES_PER_BLOCK)
+        self.replace(index, 0)
 
     def _set(self, index: int, layer: int) -> None:
         number, entry = divmod(index, MAP_ENTRIES_PER_BLOCK)
@@ -136,7 +138,7 @@ class VdiMap:
             for entry in range(MAP_ENTRIES_PER_BLOCK):
                 if page[entry] and base + entry in self.creating:
                     page[entry] = 0
-            pages[number] = _format(page)
+            pages[number] = format_page(page)
         return pages
 
     def give_back(self, numbers: set[int]) -> None:
@@ -157,7 +159,8 @@ def _parse(data: bytes) -> array[int]:
     return page
 
 
-def _format(page: array[int]) -> bytes:
+def format_page(page: array[int]) -> bytes:
+    """Give a page as it is stored."""
     if sys.byteorder == "big":
         page = page[:]
         page.byteswap()

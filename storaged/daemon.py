@@ -31,6 +31,7 @@ from storaged.membership import Announcer, MapFollower, ensure_config, register
 from storaged.ping import ping
 from storaged.reclaim import Reclaimer
 from storaged.recovery import JoinedGroup, Recovery, encode_joined
+from storaged.removal import Removal
 from storaged.replica import Replica
 from storaged.server import Server, listen
 from storaged.store.objects import ObjectStore
@@ -183,10 +184,14 @@ class _Parts:
             return await ping(address, incarnation, config.cluster)
 
         self.leader = Leader(store, keys, config, announcer, ping_run, self._take)
-        self.reclaimer = Reclaimer(Catalog(store, keys), self.replica, self.leader, self.router)
+        self.removal = Removal(self.replica, nursery)
+        self.reclaimer = Reclaimer(
+            Catalog(store, keys), self.replica, self.removal, self.leader, self.router
+        )
         self.control = Control(self.leader, lambda: self.replica.map, self._take, self._status)
         handlers: dict[int, Any] = {op: self.replica.handle for op in self.replica.handlers}
-        handlers[Op.RECLAIM] = self.reclaimer.handle
+        handlers[Op.RECLAIM] = self.removal.handle
+        handlers[Op.USAGE] = self.removal.usage
         self.server = Server(config.cluster, {**handlers, **self.control.handlers}, self._greet)
 
     def is_serving(self) -> bool:

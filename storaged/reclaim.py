@@ -1,100 +1,133 @@
-"""Giving back the space of deleted layers: the leader asks every node, then forgets the layer.
+"""Giving back the space of what nobody names any more; driven by the leader.
 
 Always holds:
-- A layer is forgotten only when every node that the map knows has removed its objects; a node
-  that is down keeps the entry in the trash, so that it cannot bring deleted objects back.
-- Layer ids are never reused: removing a layer's objects twice harms nobody.
+- Only frozen layers are touched, and only what no root's map names, roots and layers being read
+  at one revision of etcd (docs/snapshots.md says why that needs no lock).
+- A map that cannot be read stops the family's reclaim: what it names is not known.
+- `reclaim/<family>` stays until every node that the map knows has done its part: one that is down
+  cannot bring deleted objects back.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 
-import trio
-import trio.lowlevel
-
 from sheepfs.core.clustermap import NodeState
-from sheepfs.core.errors import SheepError, UnreachableError
-from sheepfs.core.wire import Buffer, Header, Op
+from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
+from sheepfs.core.wire import FLAG_KEEP_MAPS, RANGE, Op
 from sheepfs.net.catalog import Catalog
+from sheepfs.net.link import Link
 from sheepfs.net.router import Router
 from storaged.control import Leading
-from storaged.replica import Client, Replica
+from storaged.logic.reclaim import Family, Live, Order, is_forgettable, orders
+from storaged.mapreading import MapReading
+from storaged.removal import Outcome, Removal
+from storaged.replica import Replica
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 5.0
 CALL_TIMEOUT_S = 60.0
-BATCH = 64
-"""Objects removed between two looks at the other tasks."""
 
 
 class Reclaimer:
-    """Removes deleted layers' objects; the leader's one also drives the others."""
+    """Purges the trash when it is due, and has every node remove what is dead."""
 
-    def __init__(self, catalog: Catalog, replica: Replica, leader: Leading, router: Router) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        replica: Replica,
+        removal: Removal,
+        leader: Leading,
+        router: Router,
+    ) -> None:
         self._catalog = catalog
         self._replica = replica
+        self._removal = removal
         self._leader = leader
         self._router = router
-        self._nursery: trio.Nursery | None = None
+        self._maps = MapReading(replica, router)
 
     async def run(self) -> None:
-        """While leading, empty the trash."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            while True:
-                await trio.sleep(LOOK_EVERY_S)
+        """While leading, look for what is to be done."""
+        async with self._catalog.watch_reclaim(LOOK_EVERY_S) as hints:
+            async for _ in hints:
                 if self._leader.is_leader:
                     try:
-                        for entry in await self._catalog.trash():
-                            await self._reclaim(entry.layer)
+                        await self._look()
                     except UnreachableError as error:
-                        log.debug("the trash waits: %s", error)
+                        log.debug("reclaim waits: %s", error)
                     except SheepError as error:
-                        log.warning("the trash waits: %s", error)
+                        log.warning("reclaim waits: %s", error)
 
-    async def _reclaim(self, layer: int) -> None:
-        nodes = self._router.map.nodes.values()
-        away = [node.id for node in nodes if node.state is NodeState.DOWN]
-        for node in nodes:
+    async def _look(self) -> None:
+        await self._catalog.purge(expired_only=True)
+        for family, revision in await self._catalog.reclaim_wanted():
+            if not self._leader.is_leader:
+                return
+            try:
+                if await self.reclaim(family):
+                    await self._catalog.reclaim_done(family, revision)
+            except SheepError as error:
+                log.warning("reclaim of family %#x waits: %s", family, error)
+
+    async def reclaim(self, family: int) -> bool:
+        """Remove what no map of a family names; tells whether every node has done it.
+
+        Raises:
+            SheepError: a map cannot be read, or a node does not answer. What was not removed
+                stays for the next time.
+        """
+        roots = await self._catalog.roots(family)
+        live = Live()
+        for root in roots.maps:
+            async for number, page in self._maps.pages(root.map, root.maps):
+                live.add_page(number, page)
+        named = {root.map for root in roots.maps}
+        seen = Family(set(roots.layers), roots.open, named, roots.building)
+        complete = True
+        for order in orders(seen, live.indexes):
+            outcome = await self._tell_all(order)
+            if outcome is None:
+                complete = False
+                continue
+            if outcome.removed:
+                log.info("layer %#x: removed %d replicas", order.layer, outcome.removed)
+            if outcome.left == 0 and is_forgettable(order):
+                await self._catalog.forget_layer(order.layer)
+        return complete
+
+    async def _tell_all(self, order: Order) -> Outcome | None:
+        """Have every node carry out an order; None when some node could not be told."""
+        removed = left = 0
+        away = False
+        for node in list(self._router.map.nodes.values()):
             if node.id == self._replica.node:
-                await self.remove_layer(layer)
-            elif node.id not in away:
+                outcome = Outcome(
+                    *await self._removal.remove(order.layer, order.live, order.keep_maps)
+                )
+            elif node.state is NodeState.DOWN:
+                away = True
+                continue
+            else:
                 link = self._router.link(node.id)
                 if link is None:
                     raise UnreachableError(f"node {node.id} cannot be reached")
-                await link.call(Op.RECLAIM, b"", version=layer, timeout_s=CALL_TIMEOUT_S)
-        if not away:
-            await self._catalog.forget_trash(layer)
-            log.info("layer %d is gone from every node", layer)
+                outcome = await _tell(link, order)
+            removed += outcome.removed
+            left += outcome.left
+        return None if away else Outcome(removed, left)
 
-    def handle(self, client: Client, header: Header, payload: Buffer) -> None:
-        """RECLAIM: remove this node's objects of the layer in `version`."""
-        if self._nursery is None:
-            raise UnreachableError("this node has just started")
-        self._nursery.start_soon(self._handle, client, header)
 
-    async def _handle(self, client: Client, header: Header) -> None:
-        try:
-            await self.remove_layer(header.version)
-        except SheepError as error:
-            client.reply(header, str(error).encode(), error.status)
-        else:
-            client.reply(header)
-
-    async def remove_layer(self, layer: int) -> None:
-        """Remove all objects of a layer from this node, durably."""
-        store = self._replica.store
-        removed = 0
-        for oid in store.of_layer(layer):
-            if not self._replica.is_held(oid):
-                store.delete(oid)
-                removed += 1
-                if removed % BATCH == 0:
-                    await trio.lowlevel.checkpoint()
-        if removed:
-            await self._replica.flush_store(None)
-            log.info("removed %d objects of deleted layer %d", removed, layer)
-        if store.of_layer(layer):
-            raise UnreachableError(f"objects of layer {layer} are busy; try again")
+async def _tell(link: Link, order: Order) -> Outcome:
+    body = b"".join(RANGE.pack(*live) for live in order.live)
+    flags = FLAG_KEEP_MAPS if order.keep_maps else 0
+    _, answer = await link.call(
+        Op.RECLAIM, body, flags=flags, version=order.layer, timeout_s=CALL_TIMEOUT_S
+    )
+    try:
+        told = json.loads(answer)
+        return Outcome(int(told["removed"]), int(told["left"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"node {link.node} answered RECLAIM badly: {answer!r}") from error

@@ -24,7 +24,7 @@ from xxhash import xxh3_128_hexdigest
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import CorruptError, DiskError, RecoveringError, SheepError, Status
 from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
-from sheepfs.core.wire import FLAG_CREATE, HEADER_SIZE, Buffer, Header, Op
+from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, HEADER_SIZE, Buffer, Header, Op
 from storaged.logic.catchup import Fresh
 from storaged.logic.gate import Gate, Refusal, Role, check_token, check_write_token
 from storaged.store.entry import CORRUPT, StoredObject
@@ -340,6 +340,23 @@ class Replica:
         if entry is None:
             self.gate.check_object(header)
         create = bool(header.flags & FLAG_CREATE) and header.op == Op.WRITE
+        if header.flags & FLAG_COPY:
+            create = True
+            base = header.oid & ~(0x7FFFFFFFF << 28) | BASE.unpack_from(payload)[0] << 28
+            found = self.store.get(base)
+            if entry and entry.version >= header.version and not entry.suspect:
+                client.acknowledge(header)
+                return
+            if role is Role.JOINING and base not in self.fresh_of(header.pool, header.pg):
+                self._after(
+                    lambda oid: self._bring_level(base, header.pool, header.pg),
+                    client,
+                    header,
+                    payload,
+                )
+                return
+            if found is None or found.version != header.prev:
+                raise Refusal(Status.STALE_OBJECT, "base")
         if create and not (entry and entry.version >= header.version and not entry.suspect):
             pass
         elif role is Role.JOINING and oid not in self.fresh_of(header.pool, header.pg):
@@ -372,7 +389,21 @@ class Replica:
             self._to_mark.append(oid)
             self._mark_wanted.set()
             return
-        self._apply(header, payload, create)
+        if header.flags & FLAG_COPY:
+            data = as_buffer(self.store.read(base, 0, 4 << 20, wait=True) or b"")
+            self.store.write(
+                oid, 0, b"", header.version, create=True, pool=header.pool, pg=header.pg
+            )
+            for i in range(0, len(data), 4096):
+                piece = bytes(data[i : i + 4096])
+                if any(piece):
+                    self.store.write(oid, i, piece, header.version)
+            payload = bytes(payload)[8:]
+            create = False
+            if header.span:
+                self._apply(header, payload, create)
+        else:
+            self._apply(header, payload, create)
         if role is Role.JOINING:
             self.fresh_of(header.pool, header.pg).add(oid)
         client.acknowledge(header)

@@ -261,7 +261,7 @@ async def vdi_info(arguments: argparse.Namespace) -> int:
 
 async def vdi_resize(arguments: argparse.Namespace) -> int:
     """Grow a VDI, or cut it with --shrink; one in use elsewhere is refused."""
-    from sheepfs.cluster import connect
+    from sheepfs.connecting import connect
 
     size = size_argument(arguments.size)
     async with open_session(_options(arguments)) as session:

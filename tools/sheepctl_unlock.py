@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import trio
 
-from sheepfs.cluster import fetch_map
+from sheepfs.connecting import fetch_map
 from sheepfs.core.errors import UsageError
 from sheepfs.core.kv import Delete, Transaction, Unchanged
 from sheepfs.net.fencing import fence_everywhere

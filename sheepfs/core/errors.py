@@ -157,22 +157,24 @@ class VdiExistsError(UsageError):
     errno = errno.EEXIST
 
 
-class SnapshotNotFoundError(UsageError):
+class SnapshotNotFoundError(VdiNotFoundError):
     """No snapshot of that VDI has that tag."""
 
-    errno = errno.ENOENT
 
-
-class SnapshotExistsError(UsageError):
+class SnapshotExistsError(VdiExistsError):
     """The VDI has a snapshot with that tag."""
-
-    errno = errno.EEXIST
 
 
 class SnapshotProtectedError(UsageError):
     """The snapshot is not to be deleted."""
 
     errno = errno.EPERM
+
+
+class ReadOnlyError(UsageError):
+    """A snapshot never changes."""
+
+    errno = errno.EROFS
 
 
 class ProtocolError(SheepError):

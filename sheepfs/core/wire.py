@@ -52,6 +52,9 @@ FLAG_KEEP_MAPS = 1
 RANGE = struct.Struct("<II")
 """RECLAIM's payload: index ranges [start, end) of the layer's data objects that are in use."""
 
+USAGE = struct.Struct("<QQI")
+"""USAGE's reply: object id, version, bytes in the object's own file in units of 4 KiB."""
+
 
 class Op(IntEnum):
     """Operations. Numbers are part of the protocol; docs/wire.md explains each."""
@@ -77,6 +80,7 @@ class Op(IntEnum):
     ACKS = 19
     SUMS = 20
     LAYOUT = 21
+    USAGE = 22
 
 
 class Header(NamedTuple):

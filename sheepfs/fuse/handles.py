@@ -4,6 +4,7 @@ Always holds:
 - A `Node` exists exactly as long as one of its handles is open; all handles of a VDI share it.
 - `Node.attached` is False while an attach or detach is under way: a change that comes then waits
   for `Node.gate`, so that none slips through to a volume that is being let go.
+- A snapshot is opened for reading alone, so no change of it can come this far.
 - Opening never attaches; the first change or lock through a writable handle does. The VDI is let
   go when its last lock is dropped (live migration), or else with its last handle.
 """
@@ -19,7 +20,7 @@ from collections.abc import Callable
 import trio
 
 from sheepfs.backend import Namespace, OpenVolume
-from sheepfs.core.errors import HeldElsewhereError, SheepError, to_errno
+from sheepfs.core.errors import HeldElsewhereError, ReadOnlyError, SheepError, to_errno
 from sheepfs.fuse.locks import LockTable
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Handles:
     def __init__(self, namespace: Namespace, nursery: trio.Nursery) -> None:
         self.by_fh: dict[int, Handle] = {}
         self.nodes: dict[int, Node] = {}
-        self._namespace = namespace
+        self.namespace = namespace
         self._nursery = nursery
         self._numbers = itertools.count(1)
         self._closing: dict[int, int] = {}
@@ -94,17 +95,22 @@ class Handles:
 
         Raises:
             SheepError: the backend cannot open it.
+            ReadOnlyError: a snapshot cannot be opened for writing.
             OSError: ENOTCONN, the mount is being stopped.
         """
         if self.stopping:
             raise OSError(errno.ENOTCONN, "the mount is being stopped")
-        volume = await self._namespace.open(vdi)
+        volume = await self.namespace.open(vdi)
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if volume.read_only and (writable or flags & os.O_TRUNC):
+            await volume.close()
+            raise ReadOnlyError(f"{volume.attributes().name} is a snapshot")
         # No await from here on: the handle must not be lost.
         node = self.nodes.get(vdi)
         if node is None:
             node = self.nodes[vdi] = Node(vdi, volume)
         node.handles += 1
-        handle = Handle(next(self._numbers), node, writable=flags & os.O_ACCMODE != os.O_RDONLY)
+        handle = Handle(next(self._numbers), node, writable=writable)
         self.by_fh[handle.fh] = handle
         return handle
 
@@ -217,6 +223,23 @@ class Handles:
         node.waiting.append(then)
         if len(node.waiting) == 1:
             self._nursery.start_soon(self._attach_for_waiting, node)
+
+    async def attached(self, node: Node) -> int:
+        """Wait until the VDI is attached; give 0, or the errno why it cannot be.
+
+        Cancellation: ends the waiting only; the attach itself goes on in a task of its own.
+        """
+        tried = trio.Event()
+        result = 0
+
+        def done(code: int) -> None:
+            nonlocal result
+            result = code
+            tried.set()
+
+        self.when_attached(node, done)
+        await tried.wait()
+        return result
 
     async def _attach_for_waiting(self, node: Node) -> None:
         code = 0

@@ -3,6 +3,8 @@
 Always holds:
 - A lock through a writable handle, or one that says "I write" as QEMU does, needs the VDI
   attached here; a VDI that another mount holds is locked by a foreign owner.
+- A snapshot is never attached: shared locks of it are this mount's alone, and a lock that says
+  "I write" fails (EROFS).
 - When the last lock of a VDI is dropped it is let go before the reply, so that the target of a
   live migration can attach it as soon as the source's unlock has returned.
 """
@@ -57,20 +59,9 @@ class LockRequests:
     async def _held_elsewhere(self, node: Node) -> bool:
         """Try to attach for a lock; True if another mount is the writer.
 
-        Cancellation: ends the waiting only; the attach itself goes on in a task of its own.
+        Cancellation: ends the waiting only.
         """
-        if node.attached:
-            return False
-        tried = trio.Event()
-        result = 0
-
-        def done(code: int) -> None:
-            nonlocal result
-            result = code
-            tried.set()
-
-        self._handles.when_attached(node, done)
-        await tried.wait()
+        result = await self._handles.attached(node)
         if result and not node.held_elsewhere:
             raise OSError(result, os.strerror(result))
         return bool(result)
@@ -128,6 +119,8 @@ class LockRequests:
         node = handle.node
         while True:
             writes = handle.writable or means_to_write(wanted, node.locks)
+            if writes and node.volume.read_only:
+                return errno.EROFS
             foreign = writes and await self._held_elsewhere(node)
             blocker = foreign_conflict(wanted) if foreign else None
             if blocker is None:

@@ -4,6 +4,8 @@ Always holds:
 - A file's inode number is its VDI's id, so nothing has to be remembered between requests.
 - A file that a program has open through this mount is not deleted, by `rm` or by `mv` over it
   (EBUSY): its space would go at once, and it may be the disk of a running virtual machine.
+- Snapshots are files too (`vm1@daily.raw`), read-only, and cached by the kernel for ever.
+- Extended attributes are those of `user.*`, kept in etcd, and `sheepfs.family` (see `FAMILY`).
 - What an open VDI shows comes from its volume; etcd learns sizes only now and then.
 """
 
@@ -23,13 +25,20 @@ import pyfuse3
 from sheepfs.backend import Attributes, Namespace
 from sheepfs.core.errors import UsageError, VdiExistsError, VdiNotFoundError
 from sheepfs.core.geometry import MAX_VDI_SIZE, OBJECT_SIZE
-from sheepfs.core.metadata import MAX_NAME_BYTES
+from sheepfs.core.metadata import MAX_ATTRIBUTES_BYTES, MAX_NAME_BYTES
 from sheepfs.fuse.handles import Handles, code_of
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 1.0
 """How long the kernel believes names and attributes: another host may change them."""
+FAMILY = b"sheepfs.family"
+"""Extended attribute that is not listed: the number of the family of a VDI or snapshot, decimal.
+
+Copying between files of one family shares data; so a program that has copied the start of a file
+into an empty one sees here whether it is sharing (sheep-cp --reflink=always).
+"""
+_USER = b"user."
 STAT_BLOCK = 512
 STATFS_BLOCK = 4096
 
@@ -60,6 +69,21 @@ def _replies(
 
 def _refuse(code: int) -> pyfuse3.FUSEError:
     return pyfuse3.FUSEError(code)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="surrogateescape")
+
+
+def _raw(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
+
+
+def _user_attribute(inode: int, name: bytes) -> str:
+    """Give the name without `user.`; other kinds of attribute are not supported."""
+    if inode == pyfuse3.ROOT_INODE or not name.startswith(_USER):
+        raise _refuse(errno.EOPNOTSUPP)
+    return _text(name.removeprefix(_USER))
 
 
 def _name(raw: bytes) -> str:
@@ -124,10 +148,13 @@ class Directory(pyfuse3.Operations):
         """Attributes by inode."""
         if inode == pyfuse3.ROOT_INODE:
             return self._root()
+        return self._entry(await self._attributes(inode))
+
+    async def _attributes(self, inode: int) -> Attributes:
         node = self._handles.nodes.get(inode)
         if node is not None:
-            return self._entry(node.volume.attributes())
-        return self._entry(await self._namespace.get(inode))
+            return node.volume.attributes()
+        return await self._namespace.get(inode)
 
     @_replies
     async def setattr(
@@ -174,11 +201,65 @@ class Directory(pyfuse3.Operations):
         data.f_namemax = MAX_NAME_BYTES
         return data
 
+    # -- extended attributes --------------------------------------------------------------------
+
+    @_replies
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """Value of a `user.*` attribute, or the family.
+
+        The kernel would stop asking for `security.capability` if this was ENOSYS, but then for
+        `user.*` too. It asks before each copy and change of owner, not for writes (6.18), since
+        VDIs are opened with FOPEN_DIRECT_IO.
+        """
+        if name == FAMILY and inode != pyfuse3.ROOT_INODE:
+            family = (await self._attributes(inode)).family
+            if family:
+                return b"%d" % family
+            raise _refuse(pyfuse3.ENOATTR)
+        wanted = _user_attribute(inode, name)
+        value = (await self._namespace.get_user_attributes(inode)).get(wanted)
+        if value is None:
+            raise _refuse(pyfuse3.ENOATTR)
+        return _raw(value)
+
+    @_replies
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        """Names of all `user.*` attributes."""
+        if inode == pyfuse3.ROOT_INODE:
+            return ()
+        return [_USER + _raw(name) for name in await self._namespace.get_user_attributes(inode)]
+
+    @_replies
+    async def setxattr(
+        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        """Set a `user.*` attribute; pyfuse3 has looked whether it may or must exist."""
+        changed = _user_attribute(inode, name)
+        if len(value) > MAX_ATTRIBUTES_BYTES:
+            raise _refuse(errno.E2BIG)
+        others = await self._namespace.get_user_attributes(inode)
+        others.pop(changed, None)
+        used = sum(len(_raw(part)) for pair in others.items() for part in pair)
+        if used + len(_raw(changed)) + len(value) > MAX_ATTRIBUTES_BYTES:
+            raise _refuse(errno.ENOSPC)
+        await self._namespace.set_user_attribute(inode, changed, _text(value))
+
+    @_replies
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        """Remove a `user.*` attribute."""
+        removed = _user_attribute(inode, name)
+        if removed not in await self._namespace.get_user_attributes(inode):
+            raise _refuse(pyfuse3.ENOATTR)
+        await self._namespace.set_user_attribute(inode, removed, None)
+
     # -- open and create ------------------------------------------------------------------------
 
     @_replies
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        """Open for I/O; with O_TRUNC the VDI is attached and emptied."""
+        """Open for I/O; with O_TRUNC the VDI is attached and emptied.
+
+        A snapshot's pages stay in the kernel's cache, also from one open to the next.
+        """
         handle = await self._handles.open(inode, flags)
         if flags & os.O_TRUNC:
             try:
@@ -187,7 +268,8 @@ class Directory(pyfuse3.Operations):
             except BaseException:
                 self._handles.release(handle.fh)
                 raise
-        return pyfuse3.FileInfo(fh=handle.fh, direct_io=True)
+        kept = handle.node.volume.read_only
+        return pyfuse3.FileInfo(fh=handle.fh, direct_io=not kept, keep_cache=kept)
 
     @_replies
     async def create(
@@ -196,11 +278,15 @@ class Directory(pyfuse3.Operations):
         """Make an empty VDI and open it."""
         try:
             made = await self._namespace.create(_name(name), stat.S_IMODE(mode), ctx.uid, ctx.gid)
-        except VdiExistsError:
+        except VdiExistsError as exists:
             # Another host made it since the kernel looked.
             if flags & os.O_EXCL:
                 raise
-            made = await self._namespace.lookup(_name(name))
+            try:
+                made = await self._namespace.lookup(_name(name))
+            except VdiNotFoundError:
+                # The name is kept for the snapshots of a VDI that was deleted.
+                raise exists from None
         return await self.open(made.id, flags & ~os.O_EXCL, ctx), self._entry(made)
 
     @_replies
@@ -259,7 +345,10 @@ class Directory(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> None:
-        """Rename, also while open; two files cannot be exchanged."""
+        """Rename, also while open; two files cannot be exchanged.
+
+        A snapshot's tag is what can be changed of its name.
+        """
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise _refuse(errno.EINVAL)
         replace = not flags & pyfuse3.RENAME_NOREPLACE
@@ -268,7 +357,13 @@ class Directory(pyfuse3.Operations):
                 await self._may_go(_name(name_new), "replacement")
             except VdiNotFoundError:
                 replace = False
-        await self._namespace.rename(_name(name_old), _name(name_new), replace)
+        try:
+            await self._namespace.rename(_name(name_old), _name(name_new), replace)
+        except UsageError as error:
+            if error.errno == errno.EINVAL:
+                # mv(1) takes EINVAL for a move of a directory into itself, and says so.
+                raise _refuse(errno.EPERM) from error
+            raise
 
     # -- listing --------------------------------------------------------------------------------
 

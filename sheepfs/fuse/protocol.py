@@ -107,6 +107,7 @@ WRITE_DATA = IN_HEADER_SIZE + TRANSFER.size
 """Where a WRITE request's data starts."""
 _FALLOCATE = struct.Struct("<QQQII")
 _LSEEK = struct.Struct("<QQII")
+_COPY_RANGE = struct.Struct("<QQQQQQQ")
 _LK = struct.Struct("<QQQQIIII")
 _FLUSH = struct.Struct("<QIIQ")
 _FH = struct.Struct("<Q")
@@ -117,6 +118,9 @@ _READDIR_SIZE_AT = IN_HEADER_SIZE + 16
 _U32X2 = struct.Struct("<II")
 _U64 = struct.Struct("<Q")
 _FILE_LOCK = struct.Struct("<QQII")
+_WRITE_OUT = struct.Struct("<II")
+_INVAL_INODE_OUT = struct.Struct("<Qqq")
+_NOTIFY_INVAL_INODE = 2
 _OPEN_OUT = struct.Struct("<QIi")
 _ENTRY_OUT_SIZE = 128
 _INIT_IN_FLAGS = struct.Struct("<IIII")
@@ -141,6 +145,18 @@ class Lseek(NamedTuple):
     fh: int
     offset: int
     whence: int
+
+
+class CopyRange(NamedTuple):
+    """COPY_FILE_RANGE and COPY_FILE_RANGE_64; offsets and length in bytes."""
+
+    source_fh: int
+    source_offset: int
+    target_node: int
+    target_fh: int
+    target_offset: int
+    length: int
+    flags: int
 
 
 class LockRequest(NamedTuple):
@@ -182,6 +198,11 @@ def decode_fallocate(request: Buffer) -> Fallocate:
 def decode_lseek(request: Buffer) -> Lseek:
     """Decode an LSEEK request. Raises ProtocolError if it is too short."""
     return Lseek._make(_unpack(_LSEEK, request)[:3])
+
+
+def decode_copy_range(request: Buffer) -> CopyRange:
+    """Decode either COPY_FILE_RANGE request. Raises ProtocolError if it is too short."""
+    return CopyRange._make(_unpack(_COPY_RANGE, request))
 
 
 def decode_lock(request: Buffer) -> LockRequest:
@@ -242,6 +263,26 @@ def encode_written(unique: int, size: int) -> bytes:
 def pack_offset(offset: int) -> bytes:
     """Give the payload of an LSEEK reply."""
     return _U64.pack(offset)
+
+
+def pack_copied(copied: int) -> bytes:
+    """Give the payload of a COPY_FILE_RANGE reply, which has 32 bits for the length."""
+    return _WRITE_OUT.pack(copied, 0)
+
+
+def pack_copied_64(copied: int) -> bytes:
+    """Give the payload of a COPY_FILE_RANGE_64 reply (protocol 7.45)."""
+    return _U64.pack(copied)
+
+
+def encode_changed(node: int) -> bytes:
+    """Give the notification that makes the kernel ask again for a file's attributes.
+
+    Negative offset: the attributes alone, no cached data. Notifications have number 0, and their
+    kind stands where a reply has its error.
+    """
+    size = OUT_HEADER_SIZE + _INVAL_INODE_OUT.size
+    return OUT_HEADER.pack(size, _NOTIFY_INVAL_INODE, 0) + _INVAL_INODE_OUT.pack(node, -1, 0)
 
 
 def pack_lock(start: int, end: int, kind: LockType, pid: int) -> bytes:

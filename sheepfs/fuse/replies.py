@@ -39,7 +39,8 @@ class Replies:
 
     def refused(self, error: OSError) -> None:
         """Tell a reply that came too late, which is normal, from one that was wrong."""
-        # ENOENT: interrupted meanwhile. The others: the mount is gone.
+        # ENOENT: interrupted meanwhile, or a file that the kernel does not know. The others: the
+        # mount is gone.
         if error.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED, errno.EPERM):
             # A reply that the kernel refuses leaves a program hanging: that must be seen.
             log.error("the kernel refused a reply: %s", error)
@@ -47,6 +48,13 @@ class Replies:
     def fail(self, unique: int, code: int) -> bool:
         """Reply with errno `code`, or with success and nothing else if it is 0."""
         return self.send((protocol.encode_error(unique, code),))
+
+    def changed(self, vdi: int) -> None:
+        """Let the kernel forget a file's size and other attributes. Never waits.
+
+        Written to the device and not through libfuse, whose socket a burst of these could fill.
+        """
+        self.send((protocol.encode_changed(vdi),))
 
     def finish(self, unique: int, code: int) -> None:
         """Reply with errno `code`; a `Done` callback once bound to the request's number."""

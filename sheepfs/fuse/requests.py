@@ -23,6 +23,7 @@ from sheepfs.core.errors import ProtocolError
 from sheepfs.core.geometry import MAX_VDI_SIZE
 from sheepfs.core.wire import Buffer
 from sheepfs.fuse import protocol
+from sheepfs.fuse.copies import CopyRequests
 from sheepfs.fuse.handles import Handles, Node
 from sheepfs.fuse.lock_requests import LockRequests
 from sheepfs.fuse.protocol import FallocateMode, Op, Seek
@@ -56,8 +57,10 @@ class Requests:
         self._by_fh = handles.by_fh
         self._nursery = nursery
         self.locks = LockRequests(replies, handles, nursery)
+        self._copies = CopyRequests(replies, handles, nursery)
         answers: dict[Op, Handler] = {
             **self.locks.answers,
+            **self._copies.answers,
             Op.READ: self._read,
             Op.WRITE: self._write,
             Op.FSYNC: self._fsync,
@@ -65,13 +68,14 @@ class Requests:
             Op.RELEASE: self._release,
             Op.FALLOCATE: lambda u, r: self._replies.start(u, self._fallocate, bytes(r)),
             Op.LSEEK: lambda u, r: self._replies.start(u, self._lseek, bytes(r)),
-            # The kernel remembers ENOSYS and copies with reads and writes from then on.
-            Op.COPY_FILE_RANGE: lambda u, r: self._replies.finish(u, errno.ENOSYS),
-            Op.COPY_FILE_RANGE_64: lambda u, r: self._replies.finish(u, errno.ENOSYS),
             Op.IOCTL: lambda u, r: self._replies.finish(u, errno.ENOTTY),
         }
         # Plain ints: looked up for every request.
         self.answers = {int(op): answer for op, answer in answers.items()}
+
+    def interrupt(self, unique: int) -> bool:
+        """End a request that waits and can be ended at once; False if it is no such request."""
+        return self.locks.interrupt(unique) or self._copies.interrupt(unique)
 
     # -- data -----------------------------------------------------------------------------------
 

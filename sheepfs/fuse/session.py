@@ -39,7 +39,7 @@ async def serve(
 
     Args:
         mountpoint: an existing directory, checked by `mountpoint.check`.
-        namespace: what the directory shows.
+        namespace: what the directory shows; what it says has changed is forgotten by the kernel.
         ready: called once when programs can use the mount.
         stop: ends the mount when set.
         allow_other: let other users than the one who mounts use it.
@@ -67,6 +67,8 @@ async def serve(
             pyfuse3.init(Directory(namespace, handles), f"/dev/fd/{pair.libfuse.detach()}", set())
             library.callback(pyfuse3.close, unmount=False)
             tap = Tap(device, pair.ours, handles, nursery, ready)
+            namespace.on_change.append(tap.changed)
+            cleanup.callback(namespace.on_change.remove, tap.changed)
             ended = trio.Event()
             nursery.start_soon(_serve_tap, tap, ended)
             nursery.start_soon(_set_when_set, stop, ended)

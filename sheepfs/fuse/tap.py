@@ -90,6 +90,8 @@ class Tap:
         self._ready = ready
         self._replies = Replies(device, nursery)
         self._requests = Requests(self._replies, handles, nursery)
+        self.changed = self._replies.changed
+        """Tells the kernel that a VDI's attributes have changed."""
         self._socket = libfuse
         self._queue: deque[bytes] = deque()
         self._queued = trio.Event()
@@ -183,7 +185,7 @@ class Tap:
             await self._queued.wait()
 
     def _interrupt(self, unique: int) -> None:
-        if not self._requests.locks.interrupt(unique):
+        if not self._requests.interrupt(unique):
             self._nursery.start_soon(self._fail_if_stalled, unique)
 
     async def _fail_if_stalled(self, unique: int) -> None:

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 Fence = Callable[[int, int], Awaitable[None]]
 """`await fence(vdi, token)`: every storage node that may serve refuses older tokens, durably."""
 
+Extra = Callable[[], Awaitable[tuple[list[Unchanged], list[Put | Delete]]]]
+
 RELEASE_S = 5.0
 
 
@@ -104,7 +106,14 @@ async def attach(
         if lock is not None and not _is_left_over(lock, owner, lease):
             raise held_by(name, lock)
         generation = record.generation + 1
-        mine = dataclasses.replace(record, generation=generation, clean=False)
+        # A snapshot that did not come to its end left `next`: the former holder wrote to it.
+        mine = dataclasses.replace(
+            record,
+            generation=generation,
+            clean=False,
+            layer=record.next or record.layer,
+            next=0,
+        )
         held = Attachment(record.id, 0, generation, mine, record.clean, owner, store, keys)
         txn = Transaction(
             [
@@ -138,6 +147,20 @@ async def save(attachment: Attachment, change: VdiChange) -> VdiRecord:
         RetryableError: our lease has ended and the lock is not back yet; or etcd does not answer.
     """
     return await _change(attachment, change, release=False)
+
+
+async def commit(attachment: Attachment, change: VdiChange, extra: Extra) -> VdiRecord:
+    """Change the record of a VDI that is held, and other keys, in one transaction.
+
+    Args:
+        extra: awaited before each attempt; gives further conditions and changes, or raises.
+
+    Raises:
+        FencedError: somebody else took it over (`lost` is set).
+        RetryableError: our lease has ended, or etcd does not answer (it may have happened).
+        SheepError: what `extra` raised.
+    """
+    return await _change(attachment, change, release=False, extra=extra)
 
 
 async def detach(attachment: Attachment, change: VdiChange, clean: bool = True) -> None:
@@ -237,7 +260,14 @@ async def force_unlock(store: Store, keys: Keys, which: str | int, fence: Fence)
         return "another version of sheepfs"
 
 
-async def _change(attachment: Attachment, change: VdiChange, release: bool) -> VdiRecord:
+async def nothing_more() -> tuple[list[Unchanged], list[Put | Delete]]:
+    """Give no further conditions and changes."""
+    return [], []
+
+
+async def _change(
+    attachment: Attachment, change: VdiChange, release: bool, extra: Extra = nothing_more
+) -> VdiRecord:
     async with attachment.changing:
         backoff = Backoff()
         while True:
@@ -248,6 +278,7 @@ async def _change(attachment: Attachment, change: VdiChange, release: bool) -> V
             if lock is None and not release:
                 raise RetryableError(f"the lock on VDI {name!r} ended with its lease")
             changed = change(record)
+            more_conditions, more_changes = await extra()
             # Who attaches or unlocks by force changes the record, so its revision guards the
             # generation as well.
             conditions = [
@@ -259,6 +290,8 @@ async def _change(attachment: Attachment, change: VdiChange, release: bool) -> V
             changes: list[Put | Delete] = [Put(attachment.keys.vdi(name), changed.encode())]
             if release and lock is not None:
                 changes.append(Delete(lock.key))
+            conditions += more_conditions
+            changes += more_changes
             if await attachment.store.commit(Transaction(conditions, changes)) is not None:
                 attachment.record = changed
                 return changed

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 from sheepfs.core.errors import ProtocolError, UsageError
 from sheepfs.core.geometry import MAX_SERIAL, make_layer, tag_of
@@ -26,7 +28,7 @@ from sheepfs.core.metadata import (
     snapshot_file,
 )
 from sheepfs.net.records import Change
-from sheepfs.net.store import LeaseGoneError
+from sheepfs.net.store import Hints, LeaseGoneError
 from sheepfs.net.trash import TrashCatalog
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class Roots:
     """Layers whose map is being made."""
     layers: set[int] = field(default_factory=set)
     """All layers that were born and are not forgotten."""
+    held: set[int] = field(default_factory=set)
+    """Open layers, and maps, of VDIs that are attached: what is stored there changes."""
 
     @property
     def frozen(self) -> set[int]:
@@ -166,6 +170,28 @@ class LayerCatalog(TrashCatalog):
 
         return await self._commit(decide)
 
+    async def layers_of(self, vdi: int) -> set[int]:
+        """Give the layers that were born for a VDI."""
+        found, _ = await self._store.list(self._keys.layers)
+        layers = set()
+        for kv in found:
+            if LayerRecord.decode(kv.value).vdi == vdi:
+                layers.add(int(kv.key.removeprefix(self._keys.layers)))
+        return layers
+
+    async def new_id(self) -> int:
+        """Take an id for a VDI or snapshot that is being made: no other gets it."""
+        return await self._commit(partial(self._next_id, "vdi"))
+
+    async def want_pool(self, copies: int) -> None:
+        """Ask the leader for placement groups of so many copies, if nobody did yet."""
+        check_copies(copies)
+        await self._commit(partial(self._add_pool, copies))
+
+    def watch_reclaim(self, poll_s: float) -> AbstractAsyncContextManager[Hints]:
+        """Give hints that there may be something to reclaim."""
+        return self._store.watch(self._keys.reclaim, poll_s)
+
     async def want_reclaim(self, family: int) -> None:
         """Ask for a look at what a family does not use any more."""
 
@@ -218,7 +244,14 @@ class LayerCatalog(TrashCatalog):
             roots.maps.append(RootMap(record.map, record.maps, what))
             if isinstance(record, VdiRecord):
                 roots.open |= {record.layer, record.next} - {0}
+                if record.id in locked:
+                    roots.held |= {record.layer, record.next, record.map} - {0}
 
+        locked = {
+            int(number)
+            for kv in found
+            if (number := kv.key.removeprefix(keys.locks)) != kv.key and number.isdecimal()
+        }
         for kv in found:
             key = kv.key
             try:

@@ -22,6 +22,7 @@ from sheepfs.core.errors import (
     ProtocolError,
     SheepError,
     SnapshotNotFoundError,
+    UnreachableError,
     UsageError,
     VdiExistsError,
     VdiNotFoundError,
@@ -51,6 +52,10 @@ FIRST_BACKOFF_S = 0.002
 MAX_BACKOFF_S = 0.1
 TRASH_KEEP_S = 3600
 """How long a deleted VDI or snapshot can be restored."""
+
+COMMIT_PATIENCE_S = 30.0
+"""How long a change whose outcome is unknown is tried again."""
+COMMIT_RETRY_S = 0.2
 
 _R = TypeVar("_R", bound=Record)
 _T = TypeVar("_T")
@@ -244,6 +249,33 @@ class Records:
             if not change.changes or await self._store.commit(txn) is not None:
                 return result
             await backoff.wait()
+
+    async def commit_surely(
+        self,
+        decide: Callable[[Change], Awaitable[None]],
+        is_done: Callable[[], Awaitable[bool]],
+    ) -> None:
+        """Make a change, and find out what became of it when etcd's answer gets lost.
+
+        Args:
+            decide: fills the transaction with what is to be done as of now, or raises.
+            is_done: tells whether an earlier attempt has happened after all.
+        """
+        give_up = trio.current_time() + COMMIT_PATIENCE_S
+        while True:
+            try:
+                await self._commit(decide)
+                return
+            except UnreachableError as error:
+                if trio.current_time() > give_up:
+                    raise
+                log.info("not known yet whether it happened: %s", error)
+                await trio.sleep(COMMIT_RETRY_S)
+            try:
+                if await is_done():
+                    return
+            except UnreachableError as error:
+                log.debug("still not known: %s", error)
 
     async def _take_name(self, name: str, change: Change, vdi: int = 0) -> None:
         """Add the conditions that a name is free (VdiExistsError), or retired by `vdi` itself."""

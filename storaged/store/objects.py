@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sheepfs.core.geometry import format_oid, layer_of, pg_of
+from sheepfs.core.geometry import BLOCK_SIZE, format_oid, layer_of, pg_of
 from sheepfs.core.wire import Buffer
 from storaged.store import startup
 from storaged.store.directory import DataDirectory
@@ -231,6 +231,21 @@ class ObjectStore(DataDirectory):
     def of_layer(self, layer: int) -> Sequence[int]:
         """Give the ids of all objects of a layer."""
         return [e.oid for e in self._catalog.everything() if layer_of(e.oid) == layer]
+
+    def inventory(self, layers: Sequence[int] | None) -> Sequence[tuple[int, int, int]]:
+        """Give (id, version, blocks in its own file) of all objects (of some layers)."""
+        wanted = None if layers is None else set(layers)
+        return [
+            (e.oid, e.version, e.info().allocated // BLOCK_SIZE)
+            for e in self._catalog.everything()
+            if wanted is None or layer_of(e.oid) in wanted
+        ]
+
+    def dependents(self, oid: int) -> Sequence[int]:
+        return []
+
+    def unshare(self, oid: int, base: int) -> None:
+        pass
 
     def suspects(self) -> Sequence[int]:
         """Give the ids of all objects to be resolved with peers (corrupt headers included)."""

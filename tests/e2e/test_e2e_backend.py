@@ -10,7 +10,7 @@ from backend_conformance import BackendConformance, Mounts
 
 from e2e.cluster import Mounted
 from sheepfs.backend import Namespace
-from sheepfs.cluster import connect
+from sheepfs.connecting import connect
 from sheepfs.core.errors import HeldElsewhereError
 
 CLEAN_UP_S = 20

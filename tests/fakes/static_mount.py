@@ -13,17 +13,22 @@ import trio
 
 from fakes.static_cluster import StaticCluster
 from sheepfs.callbacks import completion
+from sheepfs.capture import Captured, copy_maps
 from sheepfs.core.errors import HeldElsewhereError
-from sheepfs.core.metadata import Keys, VdiRecord
+from sheepfs.core.geometry import make_layer
+from sheepfs.core.metadata import Keys, SnapshotRecord, VdiRecord
 from sheepfs.core.wire import Buffer
+from sheepfs.frozen import FrozenVolume
 from sheepfs.net.attach import Attachment
 from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
 from sheepfs.net.store import Store
+from sheepfs.replication import Replicator
 from sheepfs.volume import Volume
 
-VDI = LAYER = 2
+VDI = 2
 COPIES = 3
+LAYER = make_layer(2, 2, COPIES)
 DEADLINE_S = 15.0
 
 
@@ -31,9 +36,15 @@ class StaticRecord:
     """What etcd has of the one VDI: its record and who holds it."""
 
     def __init__(self, size: int = 0) -> None:
-        self.record = VdiRecord(VDI, size, COPIES, LAYER)
+        self.record = VdiRecord(VDI, size, COPIES, LAYER, LAYER, LAYER)
         self.holder: StaticMount | None = None
         self.token = 0
+        self._serial = 2
+
+    def new_layer(self) -> int:
+        """Give a layer of the VDI's family that nobody has."""
+        self._serial += 1
+        return make_layer(self._serial, 2, COPIES)
 
 
 class StaticMount:
@@ -45,6 +56,7 @@ class StaticMount:
         self.saves: list[VdiRecord] = []
         self.router = Router(cluster.uuid, cluster.fetch)
         self.volume: Volume
+        self.nursery: trio.Nursery
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
 
@@ -60,6 +72,7 @@ class StaticMount:
         self.router.take_map(self.cluster.map)
         with self._scope:
             async with trio.open_nursery() as nursery:
+                self.nursery = nursery
                 self.volume = Volume("test", self.etcd.record, self.router, self, nursery)
                 self.volume.handles = 1
                 await nursery.start(self.router.run)
@@ -85,7 +98,11 @@ class StaticMount:
         was_clean = etcd.record.clean
         etcd.token += 1
         etcd.record = dataclasses.replace(
-            etcd.record, generation=etcd.record.generation + 1, clean=False
+            etcd.record,
+            generation=etcd.record.generation + 1,
+            clean=False,
+            layer=etcd.record.next or etcd.record.layer,
+            next=0,
         )
         await fence_everywhere(self.router, vdi, etcd.token)
         return Attachment(
@@ -102,11 +119,60 @@ class StaticMount:
         self.saves.append(record)
         self.etcd.record = dataclasses.replace(record, clean=False)
 
-    async def detach(self, attachment: Attachment, record: VdiRecord, *, clean: bool) -> None:
+    async def detach(
+        self, attachment: Attachment, record: VdiRecord, *, clean: bool, dropped: bool
+    ) -> None:
         """Let others attach."""
         if self.etcd.holder is self:
             self.etcd.record = dataclasses.replace(record, clean=clean)
             self.etcd.holder = None
+
+    # -- snapshots, as sheepfs.snapshots makes them -------------------------------------------
+
+    async def snapshot(self) -> SnapshotRecord:
+        """Freeze the VDI; what etcd would show stays with the caller."""
+        made: list[SnapshotRecord] = []
+
+        async def begin(layer: int) -> tuple[int, int]:
+            upcoming = self.etcd.new_layer()
+            self.etcd.record = dataclasses.replace(self.etcd.record, layer=layer, next=upcoming)
+            self.volume.committed(self.etcd.record)
+            return upcoming, self.etcd.new_layer()
+
+        async def commit(captured: Captured) -> None:
+            record = self.etcd.record
+            assert record.next == captured.layer
+            self.etcd.record = dataclasses.replace(record, layer=captured.layer, next=0)
+            self.volume.committed(self.etcd.record)
+            made.append(
+                SnapshotRecord(
+                    captured.map, VDI, captured.size, COPIES, captured.map, LAYER, captured.maps
+                )
+            )
+
+        with trio.fail_after(DEADLINE_S):
+            await self.volume.capture(begin, commit)
+        return made[0]
+
+    async def rollback(self, snapshot: SnapshotRecord) -> None:
+        """Make the VDI as the snapshot is."""
+        target, layer = self.etcd.new_layer(), self.etcd.new_layer()
+
+        async def publish(replicator: Replicator) -> VdiRecord:
+            await copy_maps(replicator, snapshot.map, target, snapshot.maps)
+            await replicator.unflushed.make_durable()
+            self.etcd.record = dataclasses.replace(
+                self.etcd.record, layer=layer, next=0, map=target, maps=snapshot.maps,
+                size=snapshot.size,
+            )  # fmt: skip
+            return self.etcd.record
+
+        with trio.fail_after(DEADLINE_S):
+            await self.volume.replace_map(publish)
+
+    def frozen(self, snapshot: SnapshotRecord) -> FrozenVolume:
+        """Open a snapshot."""
+        return FrozenVolume("test@tag", snapshot, self.router, self.nursery)
 
     # -- the volume's operations, awaited ---------------------------------------------------
 

@@ -27,7 +27,10 @@ def shared_mount(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MountProc
         pytest.skip("/dev/fuse cannot be opened")
     mount = MountProcess(tmp_path_factory.mktemp("mount"))
     try:
-        mount.start(MEMORY_VDIS="held.raw,stall.raw,bad.raw,full.raw")
+        mount.start(
+            MEMORY_VDIS="held.raw,stall.raw,bad.raw,full.raw",
+            MEMORY_CONTROL=str(mount.path.parent / "control"),
+        )
         yield mount
     finally:
         mount.clean_up()

@@ -226,15 +226,6 @@ def test_df_shows_the_clusters_space(mount: MountProcess) -> None:
     assert (int(size), int(free)) == (100 << 30, 60 << 30)
 
 
-def test_extended_attributes_are_not_supported(mount: MountProcess) -> None:
-    assert mount.python("""
-open("xattr.raw", "w").close()
-for call, *value in ((os.getxattr,), (os.setxattr, b"")):
-    try: call("xattr.raw", "user.x", *value)
-    except OSError as e: print(e.errno == errno.EOPNOTSUPP)
-""").split() == ["True", "True"]
-
-
 def test_a_file_held_by_another_mount_is_busy_for_writers(mount: MountProcess) -> None:
     mount.fails("busy", "dd", "if=/dev/zero", "of=held.raw", "bs=4k", "count=1", "conv=notrunc")
     mount.fails("busy", "truncate", "-s", "0", "held.raw")

@@ -53,6 +53,13 @@ def test_small_requests() -> None:
     assert protocol.decode_fallocate(request(Op.FALLOCATE, fallocate)) == (1, 2, 3, 4)
     lseek = struct.pack("<QQII", 1, 2, 3, 0)
     assert protocol.decode_lseek(request(Op.LSEEK, lseek)) == (1, 2, 3)
+    copy = bytes.fromhex(
+        "0300000000000000" "0000400000000000" "0700000000000000" "0400000000000000"
+        "0000800000000000" "00f0ffff00000000" "0000000000000000"
+    )  # fmt: skip
+    expected = (3, 4 << 20, 7, 4, 8 << 20, 0xFFFFF000, 0)
+    assert protocol.decode_copy_range(request(Op.COPY_FILE_RANGE, copy)) == expected
+    assert protocol.decode_copy_range(request(Op.COPY_FILE_RANGE_64, copy)) == expected
     flush = struct.pack("<QIIQ", 1, 0, 0, 9)
     assert protocol.decode_flush(request(Op.FLUSH, flush)) == (1, 9)
     assert protocol.decode_fh(request(Op.RELEASE, struct.pack("<QIIQ", 5, 0, 0, 0))) == 5
@@ -71,6 +78,12 @@ def test_replies() -> None:
     assert protocol.encode_reply(6, protocol.pack_offset(4096)).hex() == (
         "180000000000000006000000000000000010000000000000"
     )
+    assert protocol.pack_copied(0xFFC00000).hex() == "0000c0ff00000000"
+    assert protocol.pack_copied_64(0x1FFC00000).hex() == "0000c0ff01000000"
+    assert protocol.encode_changed(7).hex() == (
+        "28000000" "02000000" "0000000000000000"
+        "0700000000000000" "ffffffffffffffff" "0000000000000000"
+    )  # fmt: skip
     assert protocol.pack_lock(101, 102, LockType.WRITE, 77).hex() == (
         "65000000000000006600000000000000010000004d000000"
     )
@@ -146,6 +159,7 @@ def test_hostile_bytes_raise_nothing_but_protocol_errors(raw: bytes) -> None:
         protocol.decode_fallocate,
         protocol.decode_lseek,
         protocol.decode_lock,
+        protocol.decode_copy_range,
         protocol.decode_flush,
         protocol.decode_fh,
         protocol.decode_interrupt,

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import trio
 
-from fakes.static_cluster import PG_COUNT, StaticCluster, static_cluster
+from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError, completion
 from sheepfs.core.errors import FencedError, StaleObjectError
-from sheepfs.core.geometry import data_object, pg_of
+from sheepfs.core.geometry import data_object, make_layer
 from sheepfs.core.wire import FLAG_CREATE, Op
 from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
 from sheepfs.replication import Replicator
 
-VDI, LAYER = 2, 2
+VDI, LAYER = 2, make_layer(2, 2, 3)
 OID = data_object(LAYER, 0)
 BLOCK = 4096
 
@@ -29,8 +29,8 @@ class Holder:
     """A holder of one VDI, as Volume would be."""
 
     def __init__(self, router: Router, nursery: trio.Nursery, token: int) -> None:
-        self.replicator = Replicator(router, nursery, VDI, 3, token, generation=token)
-        self.reader = ObjectReader(router, VDI, 3)
+        self.replicator = Replicator(router, nursery, VDI, token, generation=token)
+        self.reader = ObjectReader(router, VDI)
         self.reader.token = token
         nursery.start_soon(self.replicator.run)
 
@@ -57,7 +57,7 @@ class Holder:
 
     async def flush(self) -> None:
         with trio.fail_after(10):
-            await self.replicator.make_durable(LAYER)
+            await self.replicator.unflushed.make_durable()
 
 
 @asynccontextmanager
@@ -139,7 +139,7 @@ async def test_objects_deleted_while_a_member_was_away_are_quarantined(tmp_path:
         for node in (1, 2):
             link = router.link(node)
             assert link is not None
-            fields = holder.replicator.fields(OID, pg_of(OID, PG_COUNT))
+            fields = holder.replicator.fields(OID)
             await link.call(Op.DELETE, b"", prev=version, version=version + 1, **fields)
         await cluster.nodes[3].start()
         cluster.publish([1, 2], [3])
@@ -200,7 +200,7 @@ async def test_a_write_on_an_older_version_is_refused_with_the_one_that_is_there
         await holder.create(OID, b"a" * BLOCK)
         link = router.link(1)
         assert link is not None
-        fields = holder.replicator.fields(OID, pg_of(OID, PG_COUNT))
+        fields = holder.replicator.fields(OID)
         with pytest.raises(StaleObjectError) as caught:
             await link.call(Op.WRITE, b"x" * BLOCK, span=BLOCK, prev=3, version=1 << 60, **fields)
         assert caught.value.version == holder.replicator.state(OID).version

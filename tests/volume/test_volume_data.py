@@ -202,9 +202,9 @@ async def test_lost_writes_are_told_to_the_next_flush_also_when_none_waited_for_
         await here.flush()
         replicator = here.volume.replicator
         assert replicator is not None
-        replicator.lost_writes = True
+        replicator.unflushed.lost = True
         await here.write(0, B)
-        await wait_until(lambda: not replicator.lost_writes)
+        await wait_until(lambda: not replicator.unflushed.lost)
         with pytest.raises(OperationError, match="EIO"):
             await here.flush()
         await here.flush()

@@ -30,30 +30,31 @@ class Recorder:
         self.events: list[str] = []
         self.objects: dict[int, ObjectState] = {}
         self.fenced = False
-        self.dirty: set[int] = set()
+        self.unflushed = self
+        self.groups: set[tuple[int, int]] = set()
         self.problem: SheepError | None = None
         self.refuse = 0
         self.gate = trio.Event()
         self.gate.set()
 
     def state(self, oid: int) -> ObjectState:
-        return self.objects.setdefault(oid, ObjectState(oid, 0))
+        return self.objects.setdefault(oid, ObjectState(oid, (3, 0)))
 
     def in_use(self, state: ObjectState) -> bool:
         return bool(state.queue)
 
-    def flush_directly(self, layer: int, done: Callable[[bool], None]) -> bool:
-        if not self.dirty:
+    def flush_directly(self, done: Callable[[bool], None]) -> bool:
+        if not self.groups:
             return False
         self.events.append("flush directly")
-        self.dirty.clear()
+        self.groups.clear()
         done(self.problem is None)
         return True
 
-    async def make_durable(self, layer: int) -> None:
+    async def make_durable(self) -> None:
         await self.gate.wait()
         self.events.append("flush")
-        self.dirty.clear()
+        self.groups.clear()
         if self.problem is not None:
             problem, self.problem = self.problem, None
             raise problem
@@ -62,15 +63,15 @@ class Recorder:
         self, state: ObjectState, op: int, offset: int, span: int, payload: bytes,
         done: Completed, flags: int = 0,
     ) -> None:  # fmt: skip
+        if op == Op.DELETE:
+            self.events.append("delete")
+            done(0)
+            return
         named = sum(map(bool, memoryview(payload).cast("Q")))
         self.events.append(
             f"{Op(op).name} {state.oid:x} +{offset} names {named}{' new' * (flags & FLAG_CREATE)}"
         )
         done(self.refuse)
-
-    def members(self, pg: int) -> list[object]:
-        self.events.append("delete")
-        return []
 
 
 class Parts:
@@ -99,7 +100,7 @@ class Parts:
         self.map.begin_create(index, LAYER)
         if complete:
             self.map.end_create(index, created=True)
-        self.recorder.dirty.add(0)
+        self.recorder.groups.add((3, 0))
 
     async def flush(self) -> None:
         with trio.fail_after(5):
@@ -132,7 +133,7 @@ async def test_data_is_durable_before_the_map_and_the_map_before_the_record() ->
 
 async def test_data_alone_goes_the_short_way() -> None:
     async with flushing() as parts:
-        parts.recorder.dirty.add(0)
+        parts.recorder.groups.add((3, 0))
         await parts.flush()
         assert parts.recorder.events == ["flush directly"]
 
@@ -184,7 +185,7 @@ async def test_a_failure_that_nobody_waited_for_is_told_once(
     monkeypatch.setattr(flusher_module, "FLUSH_EVERY_S", 0.01)
     async with flushing() as parts:
         parts.recorder.problem = CorruptError("lost")
-        parts.recorder.dirty.add(0)
+        parts.recorder.groups.add((3, 0))
         await wait_until(lambda: parts.recorder.problem is None)
         await wait_until(lambda: not parts.flusher._busy)
         with pytest.raises(OperationError, match="EIO"):

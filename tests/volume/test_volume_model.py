@@ -15,10 +15,11 @@ import pytest
 import trio
 
 from fakes.static_cluster import PG_COUNT, StaticCluster, StaticNode, static_cluster
-from fakes.static_mount import COPIES, LAYER, StaticMount, StaticRecord
+from fakes.static_mount import COPIES, StaticMount, StaticRecord
 from fakes.waiting import wait_until
-from sheepfs.callbacks import OperationError
+from sheepfs.callbacks import OperationError, read_bytes
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, map_object, object_count, pg_of
+from sheepfs.core.metadata import SnapshotRecord
 from sheepfs.core.wire import Op
 
 MAX_SIZE = 3 * OBJECT_SIZE + 70_001
@@ -42,6 +43,7 @@ class Model:
         self.since: list[Change] = []
         self.sizes = {0}
         self.away = 0
+        self.snapshots: list[tuple[SnapshotRecord, bytes]] = []
         self.history: list[str] = []
         self.operations: tuple[tuple[int, Callable[[], Awaitable[None]]], ...] = (
             (30, self.write),
@@ -55,6 +57,9 @@ class Model:
             (3, self.crash),
             (3, self.lose_node),
             (3, self.return_node),
+            (3, self.snapshot),
+            (4, self.read_snapshot),
+            (1, self.rollback),
         )
 
     async def run(self, count: int) -> None:
@@ -256,15 +261,73 @@ class Model:
     def as_read(self, node: StaticNode, found: bytes) -> None:
         """Any member of a group may be asked next: each must have what was read."""
         for index in range(object_count(MAX_SIZE)):
-            oid = data_object(LAYER, index)
-            if node.store.get(oid) is None:
+            layer = self.mount.volume._map.get(index)
+            if not layer:
                 continue
+            oid = data_object(layer, index)
             start = index * OBJECT_SIZE
             piece = found[start : start + OBJECT_SIZE]
             buffers = node.store.read(oid, 0, len(piece), wait=True)
-            # Of an object that the map does not name, zeros were read.
             same = buffers is not None and b"".join(buffers) == piece
-            assert same or not any(piece), f"node {node.node} has another object {index}"
+            assert same, f"node {node.node} has another object {index}"
+
+    async def snapshot(self) -> None:
+        """Writes under way are in it whole or not at all; all that was acknowledged is."""
+        changes = self.many()
+        self.history.append(f"snapshot in {changes}")
+        made: list[SnapshotRecord] = []
+
+        async def take() -> None:
+            made.append(await self.mount.snapshot())
+
+        await self.mount.volume.attach()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take)
+            for _ in range(self.random.randrange(30)):
+                await trio.sleep(0)
+            for start, end, fill in changes:
+                nursery.start_soon(self.mount.write, start, bytes([fill]) * (end - start))
+        found = await self.read_frozen(made[0])
+        expected = bytearray(self.bytes[: made[0].size])
+        for start, end, fill in changes:
+            if found[start:end] == bytes([fill]) * (min(end, len(found)) - start):
+                expected[start:end] = found[start:end]
+        assert found == expected
+        self.snapshots.append((made[0], found))
+        del self.snapshots[:-5]
+        for change in changes:
+            self.changed(*change)
+            self.grow(change[1])
+
+    async def read_frozen(self, snapshot: SnapshotRecord) -> bytes:
+        with trio.fail_after(15):
+            return await read_bytes(self.mount.frozen(snapshot), 0, snapshot.size)
+
+    async def read_snapshot(self) -> None:
+        if self.snapshots:
+            snapshot, expected = self.random.choice(self.snapshots)
+            self.history.append(f"read snapshot {snapshot.map:#x}")
+            self.same(await self.read_frozen(snapshot) if snapshot.size else b"", expected)
+
+    def same(self, found: bytes, expected: bytes) -> None:
+        assert len(found) == len(expected), f"{len(found)} bytes, not {len(expected)}"
+        if found != expected:
+            first = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
+            raise AssertionError(f"at {first:#x}: {found[first]}, not {expected[first]}")
+
+    async def rollback(self) -> None:
+        if not self.snapshots or self.away:
+            return
+        snapshot, expected = self.random.choice(self.snapshots)
+        self.history.append(f"rollback to {snapshot.map:#x}")
+        await self.mount.volume.attach()
+        await self.mount.rollback(snapshot)
+        self.size = len(expected)
+        self.bytes[:] = expected + bytes(MAX_SIZE - self.size)
+        await self.mount.flush()
+        self.flushed[:] = self.bytes
+        self.since.clear()
+        self.sizes = {self.size}
 
     async def lose_node(self) -> None:
         if self.away:
@@ -310,9 +373,15 @@ class Model:
         assert await self.mount.read(0, MAX_SIZE) == self.bytes[: self.size]
         await self.mount.volume.detach()
         assert self.etcd.record.clean
-        for index in range(object_count(MAX_SIZE)):
-            self.equal(data_object(LAYER, index))
-        self.equal(map_object(LAYER, 0))
+        for snapshot, expected in self.snapshots:
+            if snapshot.size:
+                self.same(await self.read_frozen(snapshot), expected)
+        for number in [self.etcd.record.map, *(snapshot.map for snapshot, _ in self.snapshots)]:
+            self.equal(map_object(number, 0))
+        layers = await self.mount.volume.load_map()
+        for index, layer in enumerate(layers.pages[0]):
+            if layer:
+                self.equal(data_object(layer, index))
         assert [node.disk_errors for node in self.cluster.nodes.values()] == [[], [], []]
 
     def equal(self, oid: int) -> None:

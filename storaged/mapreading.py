@@ -1,0 +1,112 @@
+"""Reading maps as a storage daemon: from its own store, or from a peer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+
+import trio
+
+from sheepfs.core.errors import (
+    ObjectNotFoundError,
+    ProtocolError,
+    SheepError,
+    UnreachableError,
+)
+from sheepfs.core.geometry import (
+    BLOCK_SIZE,
+    MAP_ENTRIES_PER_BLOCK,
+    MAP_ENTRIES_PER_OBJECT,
+    describe_oid,
+    map_object,
+    pg_of,
+    pool_of,
+)
+from sheepfs.core.wire import Op
+from storaged.recovery import Peers
+from storaged.replica import Replica, as_buffer
+from storaged.store.format import blocks_in
+
+log = logging.getLogger(__name__)
+
+PAGES_PER_OBJECT = MAP_ENTRIES_PER_OBJECT // MAP_ENTRIES_PER_BLOCK
+CALL_TIMEOUT_S = 10.0
+PAGES_AT_ONCE = 64
+
+
+class MapReading:
+    """Reads the map objects of any VDI or snapshot."""
+
+    def __init__(self, replica: Replica, peers: Peers) -> None:
+        self._replica = replica
+        self._peers = peers
+
+    async def pages(self, layer: int, maps: int) -> AsyncIterator[tuple[int, bytes]]:
+        """Yield (page number, 4 KiB) for all pages that are not empty.
+
+        Args:
+            layer: layer id under which the map is stored.
+            maps: bit i is set when map object i exists.
+
+        Raises:
+            SheepError: a map object cannot be read from any sync member.
+        """
+        for index in range(maps.bit_length()):
+            if not maps >> index & 1:
+                continue
+            oid = map_object(layer, index)
+            stored = blocks_in(await self._ask(oid, Op.EXTENTS, 0, 0))
+            for first, count in _runs(stored):
+                data = await self._ask(oid, Op.READ, first * BLOCK_SIZE, count * BLOCK_SIZE)
+                if len(data) != count * BLOCK_SIZE:
+                    raise ProtocolError(f"{describe_oid(oid)}: {len(data)} bytes of {count} pages")
+                for i in range(count):
+                    page = data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
+                    yield index * PAGES_PER_OBJECT + first + i, page
+
+    async def _ask(self, oid: int, op: int, offset: int, span: int) -> bytes:
+        pool = pool_of(oid)
+        groups = self._peers.map.pools.get(pool, ())
+        if not groups:
+            raise UnreachableError(f"there is no pool of {pool} copies")
+        pg = pg_of(oid, len(groups))
+        problem: SheepError = ObjectNotFoundError(f"{describe_oid(oid)}: no member can be asked")
+        for node in groups[pg].sync:
+            try:
+                if node == self._replica.node:
+                    return await self._read_here(oid, op, offset, span)
+                link = self._peers.link(node)
+                if link is None:
+                    raise UnreachableError(f"node {node} cannot be reached")
+                _, body = await link.call(
+                    op,
+                    oid=oid,
+                    pool=pool,
+                    pg=pg,
+                    epoch=self._peers.map.epoch,
+                    offset=offset,
+                    span=span,
+                    timeout_s=CALL_TIMEOUT_S,
+                )
+                return body
+            except SheepError as error:
+                problem = error
+        raise problem
+
+    async def _read_here(self, oid: int, op: int, offset: int, span: int) -> bytes:
+        store = self._replica.store
+        if op == Op.EXTENTS:
+            return await trio.to_thread.run_sync(store.extents, oid)
+        found = await trio.to_thread.run_sync(lambda: store.read(oid, offset, span, wait=True))
+        return bytes(as_buffer(found or b""))
+
+
+def _runs(blocks: list[int]) -> list[tuple[int, int]]:
+    """Give (first, count) of runs of neighbouring blocks, none longer than `PAGES_AT_ONCE`."""
+    runs: list[tuple[int, int]] = []
+    for block in blocks:
+        if runs and sum(runs[-1]) == block and runs[-1][1] < PAGES_AT_ONCE:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((block, 1))
+    return runs

@@ -1,0 +1,203 @@
+"""Do maps and objects agree? Every object that a map names is there; every object that is there
+is named.
+
+Always holds:
+- Only reads; `repair` asks others for what they do by themselves (reclaim, repair of a replica).
+- A cluster in use changes while it is looked at: only what two looks in a row find is reported.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import trio
+
+from sheepfs.cluster import Cluster
+from sheepfs.core.clustermap import NodeState
+from sheepfs.core.errors import CorruptError, ObjectNotFoundError, SheepError, UnreachableError
+from sheepfs.core.geometry import (
+    BLOCK_SIZE,
+    MAP_ENTRIES_PER_BLOCK,
+    data_object,
+    layer_of,
+    map_object,
+    pg_of,
+    pool_of,
+)
+from sheepfs.core.wire import USAGE, Op
+from sheepfs.net.catalog import Roots
+from sheepfs.objects import ObjectReader
+from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
+
+log = logging.getLogger(__name__)
+
+PAUSE_S = 1.0
+CALL_TIMEOUT_S = 30.0
+
+
+@dataclass
+class Findings:
+    """What is wrong. Object ids; each with the nodes or the maps it is about."""
+
+    objects: int = 0
+    replicas: int = 0
+    own_bytes: int = 0
+    """Bytes in object files, all replicas counted."""
+    dangling: dict[int, list[str]] = field(default_factory=dict)
+    """Named by these maps, and no node has it."""
+    missing: dict[int, list[int]] = field(default_factory=dict)
+    """These sync members lack it."""
+    orphans: dict[int, list[int]] = field(default_factory=dict)
+    """No map names it, and these nodes have it."""
+    misplaced: dict[int, list[int]] = field(default_factory=dict)
+    """These nodes have it and are no members of its group."""
+    unanswered: dict[int, str] = field(default_factory=dict)
+    """Nodes that could not be asked, and why."""
+
+    @property
+    def clean(self) -> bool:
+        """Whether maps and objects were seen to agree."""
+        return not (
+            self.dangling or self.missing or self.orphans or self.misplaced or self.unanswered
+        )
+
+    def both(self, other: Findings) -> Findings:
+        """Give what this look and an earlier one have found."""
+        return Findings(
+            self.objects,
+            self.replicas,
+            self.own_bytes,
+            {oid: maps for oid, maps in self.dangling.items() if oid in other.dangling},
+            {oid: nodes for oid, nodes in self.missing.items() if oid in other.missing},
+            {oid: nodes for oid, nodes in self.orphans.items() if oid in other.orphans},
+            {oid: nodes for oid, nodes in self.misplaced.items() if oid in other.misplaced},
+            {node: why for node, why in self.unanswered.items() if node in other.unanswered},
+        )
+
+
+class ClusterCheck:
+    """Compares all maps of a cluster with all objects of its nodes."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._reader = ObjectReader(cluster.router, 0)
+
+    async def run(self) -> Findings:
+        """Look, and look again at what seems wrong.
+
+        Raises:
+            SheepError: etcd does not answer, or a map cannot be read from any node.
+        """
+        findings = await self._look()
+        for _ in range(3):
+            if findings.clean:
+                break
+            await trio.sleep(PAUSE_S)
+            findings = (await self._look()).both(findings)
+        return findings
+
+    async def _look(self) -> Findings:
+        findings = Findings()
+        found = await self._inventories(findings)
+        families = await self._cluster.catalog.all_roots()
+        named = await self._named(families)
+        excused = _excused(families)
+        groups = self._cluster.router.map.pools
+        findings.objects = len(named)
+        for oid in named.keys() | found.keys():
+            have = found.get(oid, [])
+            pool = groups.get(pool_of(oid), ())
+            group = pool[pg_of(oid, len(pool))] if pool else None
+            members = () if group is None else group.members
+            findings.replicas += len(have)
+            if oid in named:
+                sync = [n for n in (group.sync if group else ()) if n not in findings.unanswered]
+                if not have:
+                    findings.dangling[oid] = named[oid]
+                elif lacking := [node for node in sync if node not in have]:
+                    findings.missing[oid] = lacking
+            elif layer_of(oid) not in excused:
+                findings.orphans[oid] = have
+            if stray := [node for node in have if node not in members and oid in named]:
+                findings.misplaced[oid] = stray
+        return findings
+
+    async def _inventories(self, findings: Findings) -> dict[int, list[int]]:
+        """Give object id -> nodes that have it."""
+        found: dict[int, list[int]] = defaultdict(list)
+
+        async def ask(node: int) -> None:
+            cursor = 0
+            try:
+                while True:
+                    link = self._cluster.router.link(node)
+                    if link is None:
+                        raise UnreachableError("no connection")
+                    _, body = await link.call(Op.USAGE, oid=cursor, timeout_s=CALL_TIMEOUT_S)
+                    for oid, _version, blocks in USAGE.iter_unpack(body):
+                        found[oid].append(node)
+                        findings.own_bytes += blocks * BLOCK_SIZE
+                        cursor = oid
+                    if not body:
+                        return
+            except SheepError as error:
+                findings.unanswered[node] = str(error)
+
+        async with trio.open_nursery() as nursery:
+            for node in self._cluster.router.map.nodes.values():
+                if node.state is NodeState.DOWN:
+                    findings.unanswered[node.id] = "it is down"
+                else:
+                    nursery.start_soon(ask, node.id)
+        return dict(found)
+
+    async def _named(self, families: dict[int, Roots]) -> dict[int, list[str]]:
+        """Give object id -> the maps that name it; map objects included."""
+        named: dict[int, list[str]] = defaultdict(list)
+        for roots in families.values():
+            for root in roots.maps:
+                for number in range(root.maps.bit_length()):
+                    if root.maps >> number & 1:
+                        named[map_object(root.map, number)].append(root.what)
+                try:
+                    async for index, layer in map_entries(self._reader, root.map, root.maps):
+                        named[data_object(layer, index)].append(root.what)
+                except (ObjectNotFoundError, CorruptError) as error:
+                    # The map object itself is found to dangle.
+                    log.info("map of %s: %s", root.what, error)
+        return dict(named)
+
+
+async def map_entries(
+    reader: ObjectReader, map_layer: int, maps: int
+) -> AsyncIterator[tuple[int, int]]:
+    """Yield (index, owning layer) of all entries of a stored map."""
+
+    async def load(map_index: int, offset: int, length: int) -> bytes:
+        return await reader.fetch(map_object(map_layer, map_index), offset, length)
+
+    vdi_map = VdiMap(maps, load)
+    for number in range(maps.bit_length()):
+        if not maps >> number & 1:
+            continue
+        extents = int.from_bytes(await reader.extents(map_object(map_layer, number)), "little")
+        for page in range(PAGES_PER_OBJECT):
+            if not extents >> page & 1:
+                continue
+            base = (number * PAGES_PER_OBJECT + page) * MAP_ENTRIES_PER_BLOCK
+            if vdi_map.get(base) is None:
+                await vdi_map.load(base)
+            for entry, layer in enumerate(vdi_map.pages[base // MAP_ENTRIES_PER_BLOCK]):
+                if layer:
+                    yield base + entry, layer
+
+
+def _excused(families: dict[int, Roots]) -> set[int]:
+    """Layers in which objects that no map names are normal: they are just being made."""
+    excused: set[int] = set()
+    for roots in families.values():
+        excused |= roots.building | roots.held
+    return excused
