@@ -13,12 +13,11 @@ from array import array
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import trio
 from xxhash import xxh3_64_hexdigest
 
-from sheepfs.core.clustermap import ClusterMap
+from sheepfs.core.clustermap import ClusterMap, PlacementGroup
 from sheepfs.core.errors import (
     CorruptError,
     ObjectNotFoundError,
@@ -30,11 +29,13 @@ from sheepfs.core.errors import (
 from sheepfs.core.geometry import (
     MAP_ENTRIES_PER_OBJECT,
     OBJECT_SIZE,
+    copies_of,
     data_object,
     describe_oid,
     layer_of,
     map_object,
     pg_of,
+    pool_of,
 )
 from sheepfs.core.metadata import VdiRecord
 from sheepfs.core.wire import Op
@@ -92,22 +93,40 @@ class Checker:
                         connect_node(node.address, self._session.config.cluster)
                     )
                 except SheepError as error:
-                    if any(node.id in group.sync for group in self._groups):
+                    if any(node.id in group.sync for pool in self._pools for group in pool):
                         self.report.unanswered[node.id] = str(error)
-            if self._record.copies in self._map.pools:
+            if any(self._pools):
                 await self._check_all()
         return self.report
 
     @property
-    def _groups(self) -> tuple[Any, ...]:
-        return self._map.pools.get(self._record.copies, ())
+    def _own_layers(self) -> set[int]:
+        """Layers whose objects are this VDI's alone: those that it writes to, and its map's."""
+        return {self._record.layer, self._record.next, self._record.map} - {0}
+
+    @property
+    def _pools(self) -> list[tuple[PlacementGroup, ...]]:
+        """Groups of each pool in which objects of its own are."""
+        copies = sorted({copies_of(layer) for layer in self._own_layers})
+        return [self._map.pools.get(number, ()) for number in copies]
+
+    def _group(self, oid: int) -> PlacementGroup:
+        """Give the group of an object; raises SheepError while the cluster has not made it."""
+        groups = self._map.pools.get(pool_of(oid))
+        if not groups:
+            raise UnreachableError(
+                f"{describe_oid(oid)}: there is no pool of {pool_of(oid)} copies"
+            )
+        return groups[pg_of(oid, len(groups))]
 
     async def _check_all(self) -> None:
         if not self._links:
             raise UnreachableError("no storage daemon answers: sheepctl cluster status tells more")
         named = set(await self._named_objects())
         present = await self._present_objects()
-        self.report.joining_groups = sum(bool(group.joining) for group in self._groups)
+        self.report.joining_groups = sum(
+            bool(group.joining) for pool in self._pools for group in pool
+        )
         objects = iter(sorted(named | present))
         self.report.objects = len(named | present)
         async with trio.open_nursery() as nursery:
@@ -119,8 +138,8 @@ class Checker:
             await self._compare(oid, oid in named)
 
     def _fields(self, oid: int) -> dict[str, int]:
-        pool = self._record.copies
-        pg = pg_of(oid, len(self._groups))
+        pool = pool_of(oid)
+        pg = pg_of(oid, len(self._map.pools.get(pool, ())))
         return {"oid": oid, "pool": pool, "pg": pg, "epoch": self._map.epoch}
 
     async def _named_objects(self) -> list[int]:
@@ -129,7 +148,7 @@ class Checker:
         for number in range(self._record.maps.bit_length()):
             if not self._record.maps >> number & 1:
                 continue
-            oid = map_object(self._record.layer, number)
+            oid = map_object(self._record.map, number)
             named.append(oid)
             entries = array("Q", await self._read_anywhere(oid))
             base = number * MAP_ENTRIES_PER_OBJECT
@@ -142,7 +161,7 @@ class Checker:
         """Read a whole object from the first member that gives it."""
         problem: SheepError = ObjectNotFoundError(f"{describe_oid(oid)}: no member can be asked")
         for _ in range(ATTEMPTS):
-            for node in self._groups[pg_of(oid, len(self._groups))].sync:
+            for node in self._group(oid).sync:
                 if node not in self._links:
                     continue
                 try:
@@ -160,29 +179,30 @@ class Checker:
         return body
 
     async def _present_objects(self) -> set[int]:
-        """Objects of the VDI's active layer that any member has, named or not."""
+        """Objects of the VDI's own layers that any member has, named or not."""
         present: set[int] = set()
 
         async def ask(node: int, link: Link) -> None:
-            for pg, group in enumerate(self._groups):
-                if node in group.sync:
-                    present.update(await self._list(link, pg))
+            for copies in sorted({copies_of(layer) for layer in self._own_layers}):
+                for pg, group in enumerate(self._map.pools.get(copies, ())):
+                    if node in group.sync:
+                        present.update(await self._list(link, copies, pg))
 
         async with trio.open_nursery() as nursery:
             for node, link in self._links.items():
                 nursery.start_soon(ask, node, link)
         return present
 
-    async def _list(self, link: Link, pg: int) -> list[int]:
+    async def _list(self, link: Link, copies: int, pg: int) -> list[int]:
         try:
             rows = await link.call_json(
                 Op.LIST,
-                pool=self._record.copies,
+                pool=copies,
                 pg=pg,
                 epoch=self._map.epoch,
                 timeout_s=CALL_TIMEOUT_S,
             )
-            return [row[0] for row in rows if layer_of(row[0]) == self._record.layer]
+            return [row[0] for row in rows if layer_of(row[0]) in self._own_layers]
         except (RetryableError, TypeError, IndexError):
             # The group changed meanwhile. What the map names is compared all the same.
             return []
@@ -190,7 +210,7 @@ class Checker:
     async def _compare(self, oid: int, is_named: bool) -> None:
         answers: dict[int, str] = {}
         for _ in range(ATTEMPTS):
-            members = self._groups[pg_of(oid, len(self._groups))].sync
+            members = self._group(oid).sync
             answers = {}
             for node in members:
                 if link := self._links.get(node):
