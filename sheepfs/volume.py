@@ -10,9 +10,7 @@ Always holds:
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol
@@ -20,39 +18,35 @@ from typing import Protocol
 import trio
 
 from sheepfs.backend import Attributes, Done, ReadDone
-from sheepfs.callbacks import Completed, completion, countdown
+from sheepfs.callbacks import completion
 from sheepfs.capture import Begin, Captured, Commit, capture
 from sheepfs.convergence import converge
 from sheepfs.copyonwrite import CopyOnWrite
 from sheepfs.core.errors import FencedError, SheepError
 from sheepfs.core.geometry import (
-    MAP_ENTRIES_PER_BLOCK,
-    MAX_VDI_SIZE,
-    OBJECT_SIZE,
     copies_of,
-    data_object,
     map_object,
-    object_count,
-    split,
 )
-from sheepfs.core.metadata import VdiRecord, check_vdi_size
-from sheepfs.core.wire import FLAG_CREATE, Buffer, Op
+from sheepfs.core.metadata import VdiRecord
 from sheepfs.flusher import Flusher
 from sheepfs.holes import seek
+from sheepfs.inventory import data_of
+from sheepfs.mapping import MapOwner
 from sheepfs.net.attach import Attachment
-from sheepfs.net.groups import plain_errors
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
-from sheepfs.reading import MapReader, Opening, failed
+from sheepfs.reading import Opening, failed
 from sheepfs.replication import Replicator
 from sheepfs.sweeping import find_orphans
-from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
+from sheepfs.vdimap import VdiMap
 
 log = logging.getLogger(__name__)
 
 READER_MAP_S = 1.0
 """A reader that does not hold the VDI looks at the map again after this."""
 GATE_POLL_S = 0.001
+MEASURE_EVERY_S = 10.0
+MEASURE_AT_DETACH_S = 0.5
 PARALLEL_COPIES = 8
 
 
@@ -78,7 +72,7 @@ class Attacher(Protocol):
         ...
 
 
-class Volume(MapReader):
+class Volume(MapOwner):
     """An open VDI of this mount; implements `sheepfs.backend.OpenVolume`."""
 
     read_only = False
@@ -92,20 +86,17 @@ class Volume(MapReader):
         nursery: trio.Nursery,
     ) -> None:
         reader = ObjectReader(router, record.id)
-        super().__init__(name, reader, VdiMap(record.maps, self._load_map), nursery)
+        vdi_map = VdiMap(record.maps, self._load_map)
+        super().__init__(name, reader, vdi_map, nursery, record.layer, record.size)
         self.record = record
         self.handles = 0
         self.on_idle: Callable[[Volume], None] = lambda volume: None
-        self.replicator: Replicator | None = None
-        self.attachment: Attachment | None = None
-        self.open_layer = record.layer
-        """Takes writes; in etcd it may still be the record's `next`."""
         self._router = router
         self._attacher = attacher
-        self._size = record.size
         self._saved_size = record.size
         self._allocated = record.allocated
-        self._modified = record.modified
+        self._modified = self._measured = record.modified
+        """Time of the last change; and of the last one that `_allocated` has counted exactly."""
         self._map_read = 0.0
         self._converge = False
         """The last holder did not detach: replicas are compared before the first read."""
@@ -113,16 +104,9 @@ class Volume(MapReader):
         self._converging = trio.CancelScope()
         self._attaching = trio.Lock()
         self._capturing = trio.Lock()
-        self.flusher: Flusher | None = None
-        self._copies: CopyOnWrite | None = None
         self._scope: trio.CancelScope | None = None
-        self._direct = False
-        """Changes may go on: attached, and no snapshot holds them up."""
         self._borrowed = False
-        self._held: list[Callable[[], None]] = []
-        """Changes that came while a snapshot held them up, in order."""
-        self._passing = 0
-        """Changes that passed the gate and are not with the replicator yet."""
+        """Attached for a moment only, by `borrow`."""
 
     # -- what a file shows ------------------------------------------------------------------
 
@@ -205,7 +189,13 @@ class Volume(MapReader):
             self._direct = True
             self._scope = trio.CancelScope()
             assert self.flusher is not None
-            self._nursery.start_soon(_run_both, self._scope, self.replicator, self.flusher)
+            self._nursery.start_soon(
+                _run_all,
+                self._scope,
+                self.replicator.run,
+                self.flusher.run,
+                self._measure_now_and_then,
+            )
 
     def _use_map(self, replicator: Replicator) -> None:
         """Begin with the map that the record names."""
@@ -219,11 +209,6 @@ class Volume(MapReader):
     def _new_copies(self, replicator: Replicator) -> CopyOnWrite:
         return CopyOnWrite(replicator, self._reader, self._map, self._nursery, self._half_made)
 
-    def _half_made(self, oid: int, version: int) -> None:
-        """Some members may have an object that the map will not name."""
-        if self.flusher is not None:
-            self.flusher.discarded[oid] = version
-
     async def detach(self) -> None:
         """Flush everything and let other mounts attach.
 
@@ -236,6 +221,8 @@ class Volume(MapReader):
             if attachment is None or replicator is None or flusher is None:
                 return
             self._converging.cancel()
+            with trio.move_on_after(MEASURE_AT_DETACH_S):
+                await self._measure_if_changed()
             problem: SheepError | None = None
             while problem is None and not replicator.fenced:
                 await self._settle(replicator)
@@ -374,207 +361,7 @@ class Volume(MapReader):
             await self.replicator.open(self.replicator.state(oid))
         return await self._reader.fetch(oid, offset, length)
 
-    # -- writes -----------------------------------------------------------------------------
-
-    def write(self, offset: int, data: bytes, done: Done) -> None:
-        """Write; `done` when every current member accepted it (I7). Grows the VDI."""
-        end = offset + len(data)
-        if not self._direct:
-            self._write_later(offset, data, done)
-            return
-        if end > MAX_VDI_SIZE:
-            done(errno.EFBIG)
-            return
-        self._modified = time.time()
-        index, within = divmod(offset, OBJECT_SIZE)
-        if within + len(data) <= OBJECT_SIZE:
-            self._write_piece(index, within, data, self._growing(end, done))
-            return
-        view = memoryview(data)
-        done = self._growing(end, done)
-        finish = countdown(len(list(split(offset, len(data)))), done)
-        start = 0
-        for index, within, size in split(offset, len(data)):
-            self._write_piece(index, within, view[start : start + size], finish)
-            start += size
-
-    def _write_later(self, offset: int, data: bytes, done: Done) -> None:
-        if self.attachment is None:
-            self._later(lambda: self._attach_and_write(offset, data, done), done)
-        else:
-            self._held.append(lambda: self.write(offset, data, done))
-
-    def _growing(self, end: int, done: Done) -> Done:
-        """Only a write that succeeded moves the end of the file."""
-        if end <= self._size:
-            return done
-
-        def grown(code: int) -> None:
-            if not code:
-                self._size = max(self._size, end)
-            done(code)
-
-        return grown
-
-    async def _attach_and_write(self, offset: int, data: bytes, done: Done) -> None:
-        await self._attach()
-        self.write(offset, data, done)
-
-    def _write_piece(self, index: int, within: int, data: Buffer, done: Completed) -> None:
-        replicator = self.replicator
-        layer = self._map.get(index)
-        if replicator is None:
-            # Detached while this piece waited for the map.
-            self._later(lambda: self._attach_and_write_piece(index, within, data, done), done)
-        elif layer == self.open_layer:
-            oid = data_object(layer, index)
-            state = replicator.objects.get(oid) or replicator.state(oid)
-            replicator.change(state, Op.WRITE, within, len(data), data, done)
-        elif layer is None:
-            self._passing += 1
-            self._later(lambda: self._load_and_write(index, within, data, done), done)
-        elif layer == 0:
-            self._create(replicator, index, within, data, done)
-        elif not self._copying(index, lambda: self._write_piece(index, within, data, done)):
-            self._copy(index, Op.WRITE, within, len(data), data, done)
-
-    def _copying(self, index: int, again: Callable[[], None]) -> bool:
-        """If the object is just being copied, have `again` called after that."""
-        return self._copies is not None and self._copies.wait_for(index, again)
-
-    def _copy(
-        self, index: int, op: int, within: int, span: int, data: Buffer, done: Completed
-    ) -> None:
-        """Change an object of a frozen layer: in a copy of the open layer."""
-        assert self._copies is not None, "the caller has seen the replicator"
-        self._copies.change(index, self.open_layer, op, within, span, data, done)
-
-    async def _attach_and_write_piece(
-        self, index: int, within: int, data: Buffer, done: Completed
-    ) -> None:
-        await self._attach()
-        self._write_piece(index, within, data, done)
-
-    async def _load_and_write(self, index: int, within: int, data: Buffer, done: Completed) -> None:
-        try:
-            await self._map.load(index)
-            self._write_piece(index, within, data, done)
-        finally:
-            self._passing -= 1
-
-    def _create(
-        self, replicator: Replicator, index: int, within: int, data: Buffer, done: Completed
-    ) -> None:
-        """First write to a hole: the object is new, whatever a replica may have of that name."""
-        vdi_map = self._map
-        oid = data_object(self.open_layer, index)
-        state = replicator.state(oid)
-        state.ready = not state.opening
-        if self.flusher is not None:
-            self.flusher.discarded.pop(oid, None)
-        self._allocated += OBJECT_SIZE
-        vdi_map.begin_create(index, self.open_layer)
-
-        def created(code: int) -> None:
-            vdi_map.end_create(index, not code)
-            if code:
-                self._allocated -= OBJECT_SIZE
-                if self.flusher is not None:
-                    # Some members may have made it.
-                    self.flusher.discarded[oid] = state.version
-            done(code)
-
-        replicator.change(state, Op.WRITE, within, len(data), data, created, FLAG_CREATE)
-
     # -- holes ------------------------------------------------------------------------------
-
-    async def punch(self, offset: int, length: int) -> None:
-        """Give back the space of a range; it reads as zeros."""
-        await self._attach()
-        length = min(length, self._size - offset)
-        if length <= 0:
-            return
-        self._modified = time.time()
-        end = offset + length
-        to_the_end = end >= self._size
-        last = object_count(end)
-        index = self._map.skip_holes(offset // OBJECT_SIZE, last)
-        while index < last:
-            start = max(offset - index * OBJECT_SIZE, 0)
-            stop = min(end - index * OBJECT_SIZE, OBJECT_SIZE)
-            if to_the_end and index == last - 1:
-                stop = OBJECT_SIZE
-            await self._punch_piece(index, start, stop - start)
-            index = self._map.skip_holes(index + 1, last)
-
-    async def _punch_piece(self, index: int, within: int, size: int) -> None:
-        while not self._direct:
-            await self._attach()
-            await trio.sleep(GATE_POLL_S)
-        self._passing += 1
-        try:
-            if self._map.get(index) is None:
-                await self._map.load(index)
-            if size == OBJECT_SIZE and index not in self._map.creating:
-                await self._discard(index)
-            else:
-                await completion(partial(self._punch_part, index, within, size))
-        finally:
-            self._passing -= 1
-
-    def _punch_part(self, index: int, within: int, size: int, done: Completed) -> None:
-        layer = self._map.get(index)
-        replicator = self.replicator
-        if not layer or replicator is None:
-            done(0)
-        elif layer == self.open_layer:
-            state = replicator.state(data_object(layer, index))
-            replicator.change(state, Op.PUNCH, within, size, b"", done)
-        elif not self._copying(index, lambda: self._punch_part(index, within, size, done)):
-            self._copy(index, Op.PUNCH, within, size, b"", done)
-
-    async def _discard(self, index: int) -> None:
-        """Make a whole object a hole; its data goes once the map is durable, if it is ours."""
-        layer = self._map.get(index)
-        replicator, flusher, copies = self.replicator, self.flusher, self._copies
-        if not layer or replicator is None or flusher is None or copies is None:
-            return
-        if layer != self.open_layer:
-            if self._copying(index, lambda: None):
-                # Then it is ours.
-                await completion(partial(self._after_copy, index))
-                await self._discard(index)
-                return
-            self._map.discard(index)
-            copies.copied += 1
-        else:
-            state = replicator.state(data_object(layer, index))
-            if not state.ready:
-                await replicator.open(state)
-            if self._map.get(index) != layer or index in self._map.creating:
-                return  # Somebody else punched it meanwhile.
-            self._map.discard(index)
-            flusher.discarded[state.oid] = state.version
-        self._allocated -= OBJECT_SIZE
-
-    def _after_copy(self, index: int, done: Completed) -> None:
-        if not self._copying(index, lambda: done(0)):
-            done(0)
-
-    async def resize(self, size: int) -> None:
-        """Cut or grow; what is cut is gone."""
-        check_vdi_size(size)
-        await self._attach()
-        cut = size < self._size
-        if cut:
-            await self.punch(size, self._size - size)
-        self._size = size
-        self._modified = time.time()
-        if cut and self.flusher is not None:
-            # The size is saved behind the holes: nobody may find the former bytes beyond it.
-            await completion(self.flusher.flush)
-        else:
-            await self._save()
 
     async def seek_data(self, offset: int) -> int | None:
         """Give the first offset >= `offset` that may hold data; None if there is none."""
@@ -652,163 +439,29 @@ class Volume(MapReader):
                 finally:
                     self.release_changes()
 
-    async def rewrite(
-        self, chosen: Callable[[int], bool], progress: Callable[[int, int], None]
-    ) -> None:
-        """Copy to the open layer every object whose layer is chosen.
+    async def measure(self) -> None:
+        """Count the data that the map names; `allocated` is exact then. Raises SheepError."""
+        modified = self._modified
+        self._allocated = await data_of(self._router, await self.load_map())
+        self._measured = modified
 
-        Args:
-            progress: told (objects done, objects in all) now and then.
-
-        Raises:
-            OperationError: an object could not be copied; those copied before stay so.
-        """
-        indexes = await self._owned_by(chosen)
-        queue = iter(indexes)
-        done = 0
-
-        async def worker() -> None:
-            nonlocal done
-            for index in queue:
-                while not self._direct:
-                    await self._attach()
-                    await trio.sleep(GATE_POLL_S)
-                self._passing += 1
-                try:
-                    await completion(partial(self._copy_up, index))
-                finally:
-                    self._passing -= 1
-                done += 1
-                progress(done, len(indexes))
-
-        with plain_errors():
-            async with trio.open_nursery() as nursery:
-                for _ in range(PARALLEL_COPIES):
-                    nursery.start_soon(worker)
-
-    def _copy_up(self, index: int, done: Completed) -> None:
-        layer = self._map.get(index)
-        if not layer or layer == self.open_layer:
-            done(0)
-        elif not self._copying(index, lambda: self._copy_up(index, done)):
-            self._copy(index, Op.WRITE, 0, 0, b"", done)
-
-    async def _owned_by(self, chosen: Callable[[int], bool]) -> list[int]:
-        await self.load_map()
-        return [
-            number * MAP_ENTRIES_PER_BLOCK + entry
-            for number, page in sorted(self._map.pages.items())
-            for entry, layer in enumerate(page)
-            if layer and chosen(layer)
-        ]
-
-    async def load_map(self) -> VdiMap:
-        """Load all pages of the map that are stored, and give it."""
-        vdi_map = self._map
-        for index in range(vdi_map.existing.bit_length()):
-            if vdi_map.existing >> index & 1:
-                first = index * PAGES_PER_OBJECT
-                for number in range(first, first + PAGES_PER_OBJECT):
-                    if number not in vdi_map.pages:
-                        await vdi_map.load(number * MAP_ENTRIES_PER_BLOCK)
-        return vdi_map
-
-    async def entries(self, first: int, last: int) -> dict[int, int]:
-        """Give index -> owning layer of [`first`, `last`), up to one that is being changed.
-
-        As it is stored, if another mount holds the VDI.
-        """
-        found: dict[int, int] = {}
-        for index in range(first, last):
-            if self._map.get(index) is None:
-                await self._map.load(index)
-        for index in range(first, last):
-            layer = self._map.get(index)
-            if layer is None or index in self._map.creating:
-                break
-            found[index] = layer
-        return found
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no byte of it was ever stored, as far as this holder knows."""
-        return not self._map.existing and not any(any(page) for page in self._map.pages.values())
-
-    async def share(self, entries: dict[int, int], size: int) -> dict[int, int]:
-        """Take over what a map of the same family names, in frozen layers; gives what was there.
-
-        Args:
-            entries: index -> layer, 0 for a hole.
-            size: the VDI has at least so many bytes afterwards.
-
-        Durability: with the next flush.
-        """
-        async with self._capturing:
-            await self._attach()
-            for index in entries:
-                if self._map.get(index) is None:
-                    await self._map.load(index)
-            if self.flusher is None:
-                raise FencedError(f"{self.name} was let go meanwhile")
-            before: dict[int, int] = {}
+    async def _measure_if_changed(self) -> None:
+        if self._measured != self._modified:
             try:
-                await self.hold_changes()
-                for index, layer in entries.items():
-                    old = self._map.get(index) or 0
-                    if old == layer:
-                        continue
-                    before[index] = old
-                    self._map.replace(index, layer)
-                    self._allocated += (bool(layer) - bool(old)) * OBJECT_SIZE
-                self._size = max(self._size, size)
-                self._modified = time.time()
-            finally:
-                self.release_changes()
-            return before
+                await self.measure()
+            except SheepError as error:
+                log.info("%s: its space cannot be counted now: %s", self.name, error)
 
-    async def drop(self, replaced: dict[int, int]) -> None:
-        """Let go of what `share` replaced: the map that does not name it is stored."""
-        for index, layer in replaced.items():
-            if not layer or self._copies is None or self.replicator is None:
-                continue
-            if layer != self.open_layer:
-                self._copies.copied += 1
-                continue
-            state = self.replicator.state(data_object(layer, index))
-            if not state.ready:
-                await self.replicator.open(state)
-            if self._map.get(index) != layer:
-                self._half_made(state.oid, state.version)
+    async def _measure_now_and_then(self) -> None:
+        while True:
+            await trio.sleep(MEASURE_EVERY_S)
+            await self._measure_if_changed()
 
     def captured(self, map_layer: int) -> Captured:
         """Describe the VDI as it is, for a map copied to `map_layer`."""
         return Captured(
             self._size, map_layer, self._map.existing, max(self._allocated, 0), self.open_layer
         )
-
-    def _is_busy(self, replicator: Replicator) -> bool:
-        copying = self._copies is not None and self._copies.busy
-        return bool(replicator.busy or self._passing or copying)
-
-    async def _settle(self, replicator: Replicator) -> None:
-        """Wait until no change is under way."""
-        while self._is_busy(replicator):
-            await replicator.settle()
-            if self._is_busy(replicator):
-                await trio.sleep(GATE_POLL_S)
-
-    async def hold_changes(self) -> None:
-        """Let no change begin until `release_changes`, and wait for those under way."""
-        self._direct = False
-        if self.replicator is not None:
-            await self._settle(self.replicator)
-
-    def release_changes(self) -> None:
-        """Carry out what was held, and go on."""
-        self._direct = self.attachment is not None
-        held, self._held = self._held, []
-        for again in held:
-            again()
 
     # -- flush ------------------------------------------------------------------------------
 
@@ -834,8 +487,8 @@ class Volume(MapReader):
             self._saved_size = record.size
 
 
-async def _run_both(scope: trio.CancelScope, replicator: Replicator, flusher: Flusher) -> None:
+async def _run_all(scope: trio.CancelScope, *tasks: Callable[[], Awaitable[None]]) -> None:
     with scope:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(replicator.run)
-            nursery.start_soon(flusher.run)
+            for task in tasks:
+                nursery.start_soon(task)

@@ -105,9 +105,12 @@ class Removal:
         """USAGE: the objects that this node has, of some layers or of all."""
         if len(payload) % _LAYER.size:
             raise UsageError("USAGE carries layers of 8 bytes each")
-        layers = [layer for (layer,) in _LAYER.iter_unpack(payload)]
-        found = sorted(self._replica.store.inventory(layers or None))
-        start = bisect_right(found, (header.oid, 1 << 64, 0)) if header.oid else 0
+        layers = {layer for (layer,) in _LAYER.iter_unpack(payload)}
+        self._nursery.start_soon(self._usage, client, header, layers or None)
+
+    async def _usage(self, client: Client, header: Header, layers: set[int] | None) -> None:
+        found = sorted(await trio.to_thread.run_sync(self._replica.store.inventory, layers))
+        start = bisect_right(found, (header.oid, 1 << 64, 0, 0)) if header.oid else 0
         page = found[start : start + USAGE_AT_ONCE]
         client.reply(header, b"".join(USAGE.pack(*record) for record in page))
 

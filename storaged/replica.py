@@ -390,18 +390,17 @@ class Replica:
             self._mark_wanted.set()
             return
         if header.flags & FLAG_COPY:
-            data = as_buffer(self.store.read(base, 0, 4 << 20, wait=True) or b"")
-            self.store.write(
-                oid, 0, b"", header.version, create=True, pool=header.pool, pg=header.pg
-            )
-            for i in range(0, len(data), 4096):
-                piece = bytes(data[i : i + 4096])
-                if any(piece):
-                    self.store.write(oid, i, piece, header.version)
-            payload = bytes(payload)[8:]
-            create = False
-            if header.span:
-                self._apply(header, payload, create)
+            data = bytes(payload)[8:]
+            if header.op == Op.WRITE:
+                self.store.write(
+                    oid, header.offset, data, header.version,
+                    create=True, pool=header.pool, pg=header.pg, base=base,
+                )  # fmt: skip
+            else:
+                self.store.punch(
+                    oid, header.offset, header.span, header.version,
+                    pool=header.pool, pg=header.pg, base=base,
+                )  # fmt: skip
         else:
             self._apply(header, payload, create)
         if role is Role.JOINING:
@@ -471,13 +470,13 @@ class Replica:
         Durability: all of it, on return. Raises DiskError, for good: the node must leave (I5).
         """
         job = self.store.begin_flush(layer or None)
-        if job is not None:
+        while job is not None:
             try:
                 await trio.to_thread.run_sync(job.run)
             except SheepError as error:
                 self._on_disk_error(error)
                 raise
-            self.store.end_flush(job)
+            job = self.store.end_flush(job)
         if self.store.needs_trim:
             await trio.to_thread.run_sync(self.store.trim_marks)
 

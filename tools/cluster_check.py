@@ -10,27 +10,17 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import trio
 
 from sheepfs.cluster import Cluster
-from sheepfs.core.clustermap import NodeState
-from sheepfs.core.errors import CorruptError, ObjectNotFoundError, SheepError, UnreachableError
-from sheepfs.core.geometry import (
-    BLOCK_SIZE,
-    MAP_ENTRIES_PER_BLOCK,
-    data_object,
-    layer_of,
-    map_object,
-    pg_of,
-    pool_of,
-)
-from sheepfs.core.wire import USAGE, Op
+from sheepfs.core.errors import CorruptError, ObjectNotFoundError
+from sheepfs.core.geometry import data_object, layer_of, map_object, pg_of, pool_of
+from sheepfs.core.wire import Op
+from sheepfs.inventory import stored_entries, take_inventory
 from sheepfs.net.catalog import Roots
 from sheepfs.objects import ObjectReader
-from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
 
 log = logging.getLogger(__name__)
 
@@ -101,58 +91,33 @@ class ClusterCheck:
 
     async def _look(self) -> Findings:
         findings = Findings()
-        found = await self._inventories(findings)
+        router = self._cluster.router
+        found = await take_inventory(router)
+        findings.unanswered = found.unanswered
         families = await self._cluster.catalog.all_roots()
         named = await self._named(families)
         excused = _excused(families)
-        groups = self._cluster.router.map.pools
         findings.objects = len(named)
-        for oid in named.keys() | found.keys():
-            have = found.get(oid, [])
-            pool = groups.get(pool_of(oid), ())
+        for oid in named.keys() | found.replicas.keys():
+            replicas = found.replicas.get(oid, [])
+            have = [replica.node for replica in replicas]
+            pool = router.map.pools.get(pool_of(oid), ())
             group = pool[pg_of(oid, len(pool))] if pool else None
-            members = () if group is None else group.members
-            findings.replicas += len(have)
-            if oid in named:
-                sync = [n for n in (group.sync if group else ()) if n not in findings.unanswered]
-                if not have:
-                    findings.dangling[oid] = named[oid]
-                elif lacking := [node for node in sync if node not in have]:
-                    findings.missing[oid] = lacking
-            elif layer_of(oid) not in excused:
-                findings.orphans[oid] = have
-            if stray := [node for node in have if node not in members and oid in named]:
+            findings.replicas += len(replicas)
+            findings.own_bytes += sum(replica.own for replica in replicas)
+            if oid not in named:
+                if layer_of(oid) not in excused:
+                    findings.orphans[oid] = have
+                continue
+            sync = [n for n in (group.sync if group else ()) if n not in found.unanswered]
+            if not have:
+                findings.dangling[oid] = named[oid]
+            elif lacking := [node for node in sync if node not in have]:
+                findings.missing[oid] = lacking
+            members = group.members if group else ()
+            if stray := [node for node in have if node not in members]:
                 findings.misplaced[oid] = stray
         return findings
-
-    async def _inventories(self, findings: Findings) -> dict[int, list[int]]:
-        """Give object id -> nodes that have it."""
-        found: dict[int, list[int]] = defaultdict(list)
-
-        async def ask(node: int) -> None:
-            cursor = 0
-            try:
-                while True:
-                    link = self._cluster.router.link(node)
-                    if link is None:
-                        raise UnreachableError("no connection")
-                    _, body = await link.call(Op.USAGE, oid=cursor, timeout_s=CALL_TIMEOUT_S)
-                    for oid, _version, blocks in USAGE.iter_unpack(body):
-                        found[oid].append(node)
-                        findings.own_bytes += blocks * BLOCK_SIZE
-                        cursor = oid
-                    if not body:
-                        return
-            except SheepError as error:
-                findings.unanswered[node] = str(error)
-
-        async with trio.open_nursery() as nursery:
-            for node in self._cluster.router.map.nodes.values():
-                if node.state is NodeState.DOWN:
-                    findings.unanswered[node.id] = "it is down"
-                else:
-                    nursery.start_soon(ask, node.id)
-        return dict(found)
 
     async def _named(self, families: dict[int, Roots]) -> dict[int, list[str]]:
         """Give object id -> the maps that name it; map objects included."""
@@ -163,36 +128,39 @@ class ClusterCheck:
                     if root.maps >> number & 1:
                         named[map_object(root.map, number)].append(root.what)
                 try:
-                    async for index, layer in map_entries(self._reader, root.map, root.maps):
+                    async for index, layer in stored_entries(self._reader, root.map, root.maps):
                         named[data_object(layer, index)].append(root.what)
                 except (ObjectNotFoundError, CorruptError) as error:
                     # The map object itself is found to dangle.
                     log.info("map of %s: %s", root.what, error)
         return dict(named)
 
+    async def repair(self, findings: Findings) -> None:
+        """Have replicas that lack objects pull them, and orphans removed; returns when done.
 
-async def map_entries(
-    reader: ObjectReader, map_layer: int, maps: int
-) -> AsyncIterator[tuple[int, int]]:
-    """Yield (index, owning layer) of all entries of a stored map."""
-
-    async def load(map_index: int, offset: int, length: int) -> bytes:
-        return await reader.fetch(map_object(map_layer, map_index), offset, length)
-
-    vdi_map = VdiMap(maps, load)
-    for number in range(maps.bit_length()):
-        if not maps >> number & 1:
-            continue
-        extents = int.from_bytes(await reader.extents(map_object(map_layer, number)), "little")
-        for page in range(PAGES_PER_OBJECT):
-            if not extents >> page & 1:
-                continue
-            base = (number * PAGES_PER_OBJECT + page) * MAP_ENTRIES_PER_BLOCK
-            if vdi_map.get(base) is None:
-                await vdi_map.load(base)
-            for entry, layer in enumerate(vdi_map.pages[base // MAP_ENTRIES_PER_BLOCK]):
-                if layer:
-                    yield base + entry, layer
+        Raises:
+            SheepError: etcd or a node does not answer.
+        """
+        router = self._cluster.router
+        for oid, nodes in findings.missing.items():
+            pool = pool_of(oid)
+            for node in nodes:
+                if link := router.link(node):
+                    await link.call(
+                        Op.REPAIR,
+                        oid=oid,
+                        pool=pool,
+                        pg=pg_of(oid, len(router.map.pools[pool])),
+                        epoch=router.map.epoch,
+                        timeout_s=CALL_TIMEOUT_S,
+                    )
+        catalog = self._cluster.catalog
+        for family in await catalog.all_roots():
+            await catalog.want_reclaim(family)
+        async with catalog.watch_reclaim(PAUSE_S) as hints:
+            async for _ in hints:
+                if not await catalog.reclaim_wanted():
+                    return
 
 
 def _excused(families: dict[int, Roots]) -> set[int]:

@@ -14,7 +14,6 @@ from sheepfs.connecting import connect
 from sheepfs.core.errors import UsageError, VdiNotFoundError
 from sheepfs.core.geometry import OBJECT_SIZE
 from sheepfs.core.metadata import (
-    SnapshotRecord,
     check_copies,
     check_tag,
     check_vdi_name,
@@ -103,7 +102,6 @@ async def vdi_rollback(arguments: argparse.Namespace) -> int:
     async with as_mount(arguments) as cluster:
         name, vdi = await find(cluster, vdi_name)
         found = await cluster.catalog.snapshot(name, tag)
-        assert isinstance(found.record, SnapshotRecord)
         await cluster.rollback(vdi, found.record)
     if arguments.json:
         print_json({"name": name, "tag": tag, "size": found.record.size})

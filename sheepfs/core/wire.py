@@ -52,8 +52,8 @@ FLAG_KEEP_MAPS = 1
 RANGE = struct.Struct("<II")
 """RECLAIM's payload: index ranges [start, end) of the layer's data objects that are in use."""
 
-USAGE = struct.Struct("<QQI")
-"""USAGE's reply: object id, version, bytes in the object's own file in units of 4 KiB."""
+USAGE = struct.Struct("<QQII")
+"""USAGE's reply: object id, version, blocks in the object's own file, blocks that are no holes."""
 
 
 class Op(IntEnum):

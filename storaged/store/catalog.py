@@ -1,4 +1,4 @@
-"""The catalog: every object the store has, by id and by placement group."""
+"""The catalog: every object the store has, by id and by group, and who inherits from whom."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Catalog:
         self.objects: dict[int, StoredObject] = {}
         self._health = health
         self._groups: dict[tuple[int, int], dict[int, StoredObject]] = {}
+        self._dependents: dict[int, set[int]] = {}
         self._lock = threading.Lock()
         # Threads and the loop both change the sum; appending is atomic where `+=` is not.
         self._growth: deque[int] = deque()
@@ -32,6 +33,19 @@ class Catalog:
             self.objects[entry.oid] = entry
             self._groups.setdefault((entry.pool, entry.pg), {})[entry.oid] = entry
             self._growth.append(entry.blocks)
+            bases, entry.bases = entry.bases, ()
+            self._set_bases(entry, bases)
+
+    def set_bases(self, entry: StoredObject, bases: tuple[int, ...]) -> None:
+        """Record which objects an object inherits blocks from."""
+        with self._lock:
+            if self.objects.get(entry.oid) is entry:
+                self._set_bases(entry, bases)
+
+    def dependents(self, oid: int) -> list[int]:
+        """Give the objects that may inherit blocks from `oid`, which need not be there."""
+        with self._lock:
+            return list(self._dependents.get(oid, ()))
 
     def remove(self, entry: StoredObject) -> None:
         """Remove an object, unless another took its place."""
@@ -82,6 +96,28 @@ class Catalog:
         if not group:
             del self._groups[entry.pool, entry.pg]
         self._growth.append(-entry.blocks)
+        bases = entry.bases
+        self._set_bases(entry, ())
+        entry.bases = bases
+
+    def _set_bases(self, entry: StoredObject, bases: tuple[int, ...]) -> None:
+        for base in set(entry.bases).difference(bases):
+            dependents = self._dependents.get(base, set())
+            dependents.discard(entry.oid)
+            if not dependents:
+                self._dependents.pop(base, None)
+                self._relink(base)
+        added = set(bases).difference(entry.bases)
+        entry.bases = bases
+        for base in added:
+            self._dependents.setdefault(base, set()).add(entry.oid)
+            self._relink(base)
+        entry.linked = bool(bases) or entry.oid in self._dependents
+
+    def _relink(self, oid: int) -> None:
+        entry = self.objects.get(oid)
+        if entry is not None:
+            entry.linked = bool(entry.bases) or oid in self._dependents
 
     def _sum(self) -> None:
         with self._lock:

@@ -23,7 +23,7 @@ from storaged.store.flush import FlushTracker
 from storaged.store.format import cluster_hash
 from storaged.store.level import Leveller
 from storaged.store.reader import Reader
-from storaged.store.replace import Replacer
+from storaged.store.sharing import Sharing
 from storaged.store.space import SpaceGuard
 from storaged.store.superblock import Superblock
 from storaged.store.tokens import TokenLog
@@ -53,6 +53,15 @@ class DataDirectory:
         self._space = SpaceGuard(disk, reserve_bytes)
         self._reader = Reader(disk, self._health, self._catalog, self._files)
         self._tracker = FlushTracker(disk, self._health, self._marks, self._files)
+        self._sharing = Sharing(
+            disk,
+            self._health,
+            self._catalog,
+            self._files,
+            self._reader,
+            self._tracker,
+            self._marks,
+        )
         self._writer = Writer(
             disk,
             self._health,
@@ -62,6 +71,7 @@ class DataDirectory:
             self._tracker,
             self._marks,
             self._space,
+            self._sharing,
         )
         self._leveller = Leveller(
             disk,
@@ -71,10 +81,8 @@ class DataDirectory:
             self._reader,
             self._tracker,
             self._space,
+            self._sharing,
             self._writer.make,
-        )
-        self._replacer = Replacer(
-            disk, self._health, self._catalog, self._files, self._space, cluster
         )
         self._lock_fd = -1
         self._quarantined = 0
@@ -225,9 +233,9 @@ class DataDirectory:
     def _stop_cleanly(self) -> None:
         self._health.check()
         job = self._tracker.begin(None)
-        if job is not None:
+        while job is not None:
             job.run()
-            self._tracker.end(job)
+            job = self._tracker.end(job)
         entries = self._catalog.everything()
         self._marks.reset(e.oid for e in entries if e.state == SUSPECT)
         startup.write_index(self._disk, entries)

@@ -1,11 +1,28 @@
-"""What the store keeps in memory of each object, and of each open object file."""
+"""What the store keeps in memory of each object, and of each open object file.
+
+Always holds of an overlay (an object that inherits blocks from others):
+- On disk a block is said to be in the own file only when it is there durably; until then the
+  header goes on naming the base (`Overlay.pending`). So whatever mix of old and new sectors a
+  power cut leaves of the header, each block is found where it was flushed to.
+- Before an object's first flush that is not needed: no map that names it is durable.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sheepfs.core.geometry import BLOCK_SIZE, format_oid
+from sheepfs.core.geometry import (
+    BLOCK_SIZE,
+    BLOCKS_PER_OBJECT,
+    data_object,
+    format_oid,
+    index_of,
+    is_map_object,
+    layer_of,
+    map_object,
+)
+from storaged.store.format import Sources
 
 OK = 0
 SUSPECT = 1
@@ -15,13 +32,58 @@ CORRUPT = 2
 
 
 class ObjectInfo(NamedTuple):
-    """An object as peers compare it. `allocated` is bytes of blocks that are no holes."""
+    """An object as peers compare it. `allocated` is bytes in the object's own file."""
 
     oid: int
     version: int
     lineage: int
     suspect: bool
     allocated: int
+
+
+class Overlay:
+    """Where the blocks of an open overlay lie.
+
+    Attributes:
+        sources: a byte for each block: 0 is the own file (or a hole), k is `bases[k - 1]`.
+        bases: ids of objects; a base keeps its number as long as the overlay is open.
+        pending: blocks in the own file that the header on disk must not yet say to be there,
+            with their former sources. None before the first flush: nothing need be kept back.
+    """
+
+    __slots__ = ("bases", "pending", "sources")
+
+    def __init__(
+        self, sources: bytearray, bases: list[int], pending: dict[int, int] | None
+    ) -> None:
+        self.sources = sources
+        self.bases = bases
+        self.pending = pending
+
+    def own(self, first: int, sums: Sequence[int]) -> None:
+        """Record that blocks from `first` on were written to the own file, or are holes now."""
+        sources, pending = self.sources, self.pending
+        for i, entry in enumerate(sums, first):
+            if sources[i]:
+                if entry and pending is not None:
+                    pending[i] = sources[i]
+                sources[i] = 0
+
+    def used(self) -> tuple[int, ...]:
+        """Give the bases that a block is inherited from, in memory or on disk."""
+        numbers = {*self.sources, *(self.pending or {}).values()} - {0}
+        return tuple(self.bases[number - 1] for number in sorted(numbers))
+
+    def on_disk(self) -> Sources | None:
+        """Give what the header may say; None if the object inherits nothing."""
+        sources = self.sources
+        if self.pending:
+            sources = sources.copy()
+            for i, number in self.pending.items():
+                sources[i] = number
+        elif sources.count(0) == BLOCKS_PER_OBJECT:
+            return None
+        return Sources(bytes(sources), tuple(layer_of(oid) for oid in self.bases))
 
 
 class OpenFile:
@@ -32,15 +94,23 @@ class OpenFile:
 
     Attributes:
         table: 8 KiB, as on disk; newer than the disk's while the object is changed.
+        overlay: where inherited blocks lie; None if all are in the file.
         sequence: odd while a write is under way, and grows with each: a reader in a thread
             that sees it unchanged and even saw data and table that belong together.
     """
 
-    __slots__ = ("__weakref__", "_close", "fd", "sequence", "table")
+    __slots__ = ("__weakref__", "_close", "fd", "overlay", "sequence", "table")
 
-    def __init__(self, fd: int, table: bytearray, close: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        fd: int,
+        table: bytearray,
+        close: Callable[[int], None],
+        overlay: Overlay | None = None,
+    ) -> None:
         self.fd = fd
         self.table = table
+        self.overlay = overlay
         self.sequence = 0
         self._close = close
 
@@ -53,7 +123,9 @@ class StoredObject:
 
     Attributes:
         state: OK, SUSPECT or CORRUPT.
-        blocks: blocks that are no holes.
+        blocks: blocks in the own file that are no holes.
+        bases: ids of the objects it inherits blocks from, perhaps more; set by the catalog.
+        linked: it has bases, or is one.
         changed: the header and table in memory are newer than the file's.
         synced: while unclean: the file was synced since the last change, to be closed.
         file: set while the object is open.
@@ -63,10 +135,12 @@ class StoredObject:
     """
 
     __slots__ = (
+        "bases",
         "blocks",
         "changed",
         "file",
         "lineage",
+        "linked",
         "oid",
         "opened",
         "pg",
@@ -86,6 +160,7 @@ class StoredObject:
         lineage: int = 0,
         blocks: int = 0,
         state: int = OK,
+        bases: tuple[int, ...] = (),
     ) -> None:
         self.oid = oid
         self.pool = pool
@@ -94,6 +169,8 @@ class StoredObject:
         self.lineage = lineage
         self.blocks = blocks
         self.state = state
+        self.bases = bases
+        self.linked = False
         self.changed = False
         self.synced = False
         self.file: OpenFile | None = None
@@ -120,3 +197,17 @@ class StoredObject:
         return ObjectInfo(
             self.oid, self.version, self.lineage, self.state != OK, self.blocks * BLOCK_SIZE
         )
+
+
+def sibling(oid: int, layer: int) -> int:
+    """Give the id of the object of the same kind and index in another layer."""
+    index = index_of(oid)
+    return map_object(layer, index) if is_map_object(oid) else data_object(layer, index)
+
+
+def open_overlay(oid: int, sources: Sources | None) -> Overlay | None:
+    """Give where the blocks of `oid` lie by what its header says."""
+    if sources is None or sources.sources.count(0) == BLOCKS_PER_OBJECT:
+        return None
+    bases = [sibling(oid, layer) for layer in sources.layers]
+    return Overlay(bytearray(sources.sources), bases, {})

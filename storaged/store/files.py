@@ -5,6 +5,8 @@ Always holds:
   unflushed data. Who changes an object makes it unclean first and looks at `entry.file` then.
 - A file with unflushed data is closed only after fdatasync: a descriptor opened later could
   miss a write-back error that happened in between (I5).
+- Headers are put together and written under one lock: of two threads that write one, the later
+  one writes what is newer.
 """
 
 from __future__ import annotations
@@ -22,8 +24,24 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import BLOCKS_PER_OBJECT, format_oid
 from storaged.store.disk import Disk, Health, disk_error, write_all
-from storaged.store.entry import CORRUPT, OK, SUSPECT, OpenFile, StoredObject
-from storaged.store.format import META_OFFSET, META_SIZE, Header, decode_meta, encode_meta
+from storaged.store.entry import (
+    CORRUPT,
+    OK,
+    SUSPECT,
+    OpenFile,
+    Overlay,
+    StoredObject,
+    open_overlay,
+)
+from storaged.store.format import (
+    META_OFFSET,
+    META_SIZE,
+    Header,
+    SourcesLostError,
+    decode_header,
+    decode_meta,
+    encode_meta,
+)
 
 log = logging.getLogger(__name__)
 _SCAN = 64
@@ -57,6 +75,7 @@ class OpenFiles:
         self._limit = limit
         self._vanished = vanished
         self._lock = threading.Lock()
+        self._meta_lock = threading.Lock()
         self._open: dict[int, StoredObject] = {}
         self.release: Callable[[StoredObject], bool] = lambda entry: False
         """Drops an entry's file unless it is unclean; set by the flush tracker."""
@@ -92,9 +111,11 @@ class OpenFiles:
             return file
         raise RetryableError(f"object {format_oid(entry.oid)} is opened by too many at once")
 
-    def adopt(self, entry: StoredObject, fd: int, table: bytearray) -> OpenFile:
+    def adopt(
+        self, entry: StoredObject, fd: int, table: bytearray, overlay: Overlay | None = None
+    ) -> OpenFile:
         """Make `fd` the entry's open file."""
-        file = OpenFile(fd, table, self._disk.close)
+        file = OpenFile(fd, table, self._disk.close, overlay)
         with self._lock:
             self._publish(entry, file)
         return file
@@ -141,23 +162,52 @@ class OpenFiles:
             if entry.changed:
                 self.write_meta(entry, file)
             self._disk.fdatasync(file.fd)
+            if file.overlay is not None and file.overlay.pending:
+                # What was written is durable now, and the header may say so.
+                file.overlay.pending = {}
+                self.write_meta(entry, file)
+                self._disk.fdatasync(file.fd)
             entry.synced = True
         except OSError as error:
             raise self._health.fail(error, f"sync of {format_oid(entry.oid)}") from error
 
     def write_meta(self, entry: StoredObject, file: OpenFile) -> None:
         """Write header and table as they are in memory (OSError)."""
-        header = Header(
-            entry.oid,
-            entry.version,
-            entry.lineage,
-            entry.pool,
-            entry.pg,
-            entry.blocks,
-            self._cluster,
-        )
-        write_all(self._disk, file.fd, encode_meta(header, file.table), META_OFFSET)
-        entry.changed = False
+        with self._meta_lock:
+            header = Header(
+                entry.oid,
+                entry.version,
+                entry.lineage,
+                entry.pool,
+                entry.pg,
+                entry.blocks,
+                self._cluster,
+            )
+            sources = None if file.overlay is None else file.overlay.on_disk()
+            meta = encode_meta(header, file.table, sources)
+            write_all(self._disk, file.fd, meta, META_OFFSET)
+            entry.changed = False
+
+    def overlay_of(self, entry: StoredObject, fd: int) -> Overlay | None:
+        """Give where an object's blocks lie, also that of one whose table is damaged. Blocks.
+
+        Args:
+            fd: its file, read if it is not open already.
+
+        Raises:
+            OSError: it cannot be read.
+            SourcesLostError: it is an overlay, and its sources are unreadable.
+        """
+        file = entry.file
+        if file is not None:
+            return file.overlay
+        try:
+            meta = self._disk.pread(fd, META_SIZE, META_OFFSET)
+            return open_overlay(entry.oid, decode_header(entry.oid, self._cluster, meta)[1])
+        except SourcesLostError:
+            raise
+        except CorruptError:
+            return None
 
     def close(self) -> None:
         """Close all files; nothing is written."""
@@ -183,7 +233,8 @@ class OpenFiles:
         file = OpenFile(fd, bytearray(), self._disk.close)
         try:
             meta = self._disk.pread(fd, META_SIZE, META_OFFSET)
-            header, file.table = decode_meta(entry.oid, self._cluster, meta)
+            header, file.table, sources = decode_meta(entry.oid, self._cluster, meta)
+            file.overlay = open_overlay(entry.oid, sources)
         except OSError as error:
             raise disk_error(error, f"object {format_oid(entry.oid)}") from error
         except CorruptError as error:

@@ -6,6 +6,9 @@ Always holds:
   another flush, still under way, covers too (I1).
 - An unclean object is marked in the dirty log. A deleted one stays unclean until its directory
   is synced: after a power cut the file may be back, half written.
+- What an overlay inherits is made durable with it, also from objects of other layers.
+- An overlay that has new blocks of its own needs two syncs, one before its header names them
+  (entry.py): `end` then gives the second job.
 """
 
 from __future__ import annotations
@@ -33,12 +36,14 @@ class FlushJob:
         objects: Sequence[tuple[StoredObject, int]],
         files: Sequence[OpenFile],
         directories: dict[str, int],
+        pending: Sequence[tuple[StoredObject, dict[int, int], list[int]]],
     ) -> None:
         self._disk = disk
         self._health = health
         self.objects = objects
         self.files = files
         self.directories = directories
+        self.pending = pending
 
     def run(self) -> None:
         """Make all of it durable. Blocks.
@@ -102,8 +107,9 @@ class FlushTracker:
 
     def directory_changed(self, path: str) -> None:
         """Record that names were added to or removed from a directory. Loop only."""
-        self._clock += 1
-        self._directories[path] = self._clock
+        with self._marks.lock:
+            self._clock += 1
+            self._directories[path] = self._clock
 
     def unclean(self) -> set[int]:
         """Give the ids of all unclean objects. The caller holds the dirty log's lock."""
@@ -119,10 +125,24 @@ class FlushTracker:
             if layer is None:
                 entries = [e for objects in self._layers.values() for e in objects.values()]
             else:
-                entries = list(self._layers.get(layer, {}).values())
+                entries = self._with_bases(self._layers.get(layer, {}))
         if not entries and not self._directories:
             return None
+        return self._job(entries)
+
+    def _with_bases(self, objects: dict[int, StoredObject]) -> list[StoredObject]:
+        """Add the unclean objects that these inherit from. The caller holds the lock."""
+        found = dict(objects)
+        for entry in objects.values():
+            for base in entry.bases:
+                unclean = self._layers.get(layer_of(base), {}).get(base)
+                if unclean is not None:
+                    found[base] = unclean
+        return list(found.values())
+
+    def _job(self, entries: Sequence[StoredObject], is_second: bool = False) -> FlushJob:
         files = []
+        pending = []
         try:
             for entry in entries:
                 file = entry.file
@@ -131,26 +151,50 @@ class FlushTracker:
                 if entry.changed:
                     self._files.write_meta(entry, file)
                 files.append(file)
+                overlay = file.overlay
+                if overlay is None:
+                    continue
+                if overlay.pending and not is_second:
+                    pending.append((entry, overlay.pending, list(overlay.pending)))
+                elif overlay.pending is None:
+                    overlay.pending = {}
         except OSError as error:
             raise self._health.fail(error, "flush") from error
-        objects = [(entry, self._changes[entry.oid]) for entry in entries]
-        return FlushJob(self._disk, self._health, objects, files, dict(self._directories))
+        with self._marks.lock:
+            objects = [(entry, self._changes.get(entry.oid, 0)) for entry in entries]
+        return FlushJob(self._disk, self._health, objects, files, dict(self._directories), pending)
 
-    def end(self, job: FlushJob) -> None:
+    def end(self, job: FlushJob) -> FlushJob | None:
         """Record that a job has succeeded: what did not change meanwhile is clean. Loop only.
+
+        Returns:
+            A job that must follow before what was flushed is durable.
 
         Raises:
             DiskError: the job failed.
         """
         self._health.check()
+        again = []
+        for entry, pending, blocks in job.pending:
+            for block in blocks:
+                pending.pop(block, None)
+            file = entry.file
+            if file is not None and file.overlay is not None and file.overlay.pending is pending:
+                entry.changed = True
+                again.append(entry)
         with self._marks.lock:
             for entry, change in job.objects:
                 if not entry.changed and self._changes.get(entry.oid) == change:
-                    self._remove(entry)
+                    file = entry.file
+                    if file is None or file.overlay is None or not file.overlay.pending:
+                        self._remove(entry)
         for directory, change in job.directories.items():
             if self._directories.get(directory) == change:
                 del self._directories[directory]
+        if again:
+            return self._job(again, is_second=True)
         self._files.evict_clean()
+        return None
 
     def _remove(self, entry: StoredObject) -> None:
         objects = self._layers.get(layer_of(entry.oid))

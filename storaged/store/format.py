@@ -2,14 +2,16 @@
 
 An object file is sparse and describes itself:
 
-    0          data, 4 MiB; a block that holds only zeros may be a hole
-    4 MiB      header, 4 KiB: the struct below, zero-padded
+    0          data, 4 MiB; a block that holds only zeros or is inherited may be a hole
+    4 MiB      header, 4 KiB: the struct below, zero-padded; of an overlay also its sources
     + 4 KiB    table, 8 KiB: one little-endian xxh3_64 for each 4 KiB block of data
 
 Always holds:
 - A table entry of 0 says: the block reads as zeros and is not looked at. A block whose xxh3_64
   happens to be 0 has the entry 1.
 - Header and table are written with one pwrite and carry their own checksums.
+- Each sector of 512 bytes of the header stands for itself: of an overlay that is written when the
+  power goes, any mix of old and new sectors is good (see `Overlay` for why that is right).
 - Golden bytes in tests/store/test_store_format.py pin the layout; a change needs a new `FORMAT`.
 """
 
@@ -25,17 +27,26 @@ from sheepfs.core.errors import CorruptError
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SIZE, format_oid
 from sheepfs.core.wire import Buffer
 
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"SHEEPOBJ"
-_HEADER = struct.Struct("<8sIIQQIHBxIIQQ")
-"""magic, format, flags (0), oid, version, lineage, pg, pool, allocated blocks, 0, cluster hash,
-xxh3 of the table; then the xxh3 of all these."""
+_HEADER = struct.Struct("<8sIIQQIHBxIHHQQ")
+"""magic, format, flags (0), oid, version, lineage, pg, pool, own blocks, number of bases, 0,
+cluster hash, xxh3 of the table; then the xxh3 of all these."""
+MAX_BASES = 255
+_SECTOR = 512
+_PAYLOAD = _SECTOR - 8
+"""Each sector behind the header's first one: a piece of the sources, then its xxh3, seeded with
+the oid plus the sector's number."""
+_SECTORS = range(1, BLOCK_SIZE // _SECTOR)
+_EMPTY_SECTOR = bytes(_SECTOR)
 _SUM = struct.Struct("<Q")
 HEADER_SIZE = BLOCK_SIZE
 TABLE_SIZE = 8 * BLOCKS_PER_OBJECT
 META_OFFSET = OBJECT_SIZE
 META_SIZE = HEADER_SIZE + TABLE_SIZE
 BITMAP_SIZE = BLOCKS_PER_OBJECT // 8
+
+_U64 = (1 << 64) - 1
 
 ZERO_BLOCK = bytes(BLOCK_SIZE)
 _ZERO_DIGEST = xxh3_64_intdigest(ZERO_BLOCK)
@@ -45,7 +56,7 @@ SUMS = [struct.Struct(f"<{count}Q") for count in range(BLOCKS_PER_OBJECT + 1)]
 
 
 class Header(NamedTuple):
-    """A checked header. `blocks` counts the table's entries that are not 0."""
+    """A checked header. `blocks` counts the blocks of the object's own file that are no holes."""
 
     oid: int
     version: int
@@ -61,7 +72,23 @@ def cluster_hash(cluster: str) -> int:
     return xxh3_64_intdigest(cluster.encode())
 
 
-def encode_meta(header: Header, table: Buffer) -> bytes:
+class SourcesLostError(CorruptError):
+    """A header says that blocks are inherited, and not from where."""
+
+
+class Sources(NamedTuple):
+    """Where an overlay's blocks lie, as on disk.
+
+    Attributes:
+        sources: a byte for each block: 0 is the own file (or a hole), k is `layers[k - 1]`.
+        layers: of the objects of the same kind and index that blocks are inherited from.
+    """
+
+    sources: bytes
+    layers: tuple[int, ...]
+
+
+def encode_meta(header: Header, table: Buffer, sources: Sources | None = None) -> bytes:
     """Give header and table as they stand at `META_OFFSET`."""
     start = _HEADER.pack(
         MAGIC,
@@ -73,19 +100,28 @@ def encode_meta(header: Header, table: Buffer) -> bytes:
         header.pg,
         header.pool,
         header.blocks,
+        0 if sources is None else len(sources.layers),
         0,
         header.cluster,
         xxh3_64_intdigest(table),
     )
     start += _SUM.pack(xxh3_64_intdigest(start))
-    return b"".join((start, bytes(HEADER_SIZE - len(start)), table))
+    if sources is None:
+        return b"".join((start, bytes(HEADER_SIZE - len(start)), table))
+    parts = [start, bytes(_SECTOR - len(start))]
+    body = sources.sources + struct.pack(f"<{len(sources.layers)}Q", *sources.layers)
+    for number in _SECTORS:
+        piece = body[(number - 1) * _PAYLOAD : number * _PAYLOAD].ljust(_PAYLOAD, b"\0")
+        parts += (piece, _SUM.pack(xxh3_64_intdigest(piece, header.oid + number & _U64)))
+    return b"".join((*parts, table))
 
 
-def decode_meta(oid: int, cluster: int, meta: Buffer) -> tuple[Header, bytearray]:
-    """Check and decode `META_SIZE` bytes read at `META_OFFSET`.
+def decode_header(oid: int, cluster: int, meta: Buffer) -> tuple[Header, Sources | None, int]:
+    """Check and decode a header alone; give also the table's checksum.
 
     Raises:
-        CorruptError: they are not the header and table of this object of this cluster.
+        CorruptError: it is not the header of this object of this cluster.
+        SourcesLostError: it is, but where the object's blocks lie is unreadable.
     """
     what = f"object {format_oid(oid)}"
     if len(meta) < META_SIZE:
@@ -95,17 +131,58 @@ def decode_meta(oid: int, cluster: int, meta: Buffer) -> tuple[Header, bytearray
     (own,) = _SUM.unpack_from(view, _HEADER.size)
     if fields[0] != MAGIC or xxh3_64_intdigest(view[: _HEADER.size]) != own:
         raise CorruptError(f"{what}: the header's checksum does not match")
-    _, version_of_format, flags, found, version, lineage, pg, pool, blocks, _, owner, table_sum = (
-        fields
-    )
+    (
+        _,
+        version_of_format,
+        flags,
+        found,
+        version,
+        lineage,
+        pg,
+        pool,
+        blocks,
+        count,
+        _,
+        owner,
+        check,
+    ) = fields
     if version_of_format != FORMAT or flags:
-        raise CorruptError(f"{what}: file format {version_of_format}, flags {flags:#x}: too new")
+        raise CorruptError(
+            f"{what}: file format {version_of_format}, flags {flags:#x}: not known here"
+        )
     if found != oid or owner != cluster:
         raise CorruptError(f"{what}: the header is that of another object or cluster")
-    table = bytearray(view[HEADER_SIZE:META_SIZE])
-    if xxh3_64_intdigest(table) != table_sum:
-        raise CorruptError(f"{what}: the table's checksum does not match")
-    return Header(found, version, lineage, pool, pg, blocks, owner), table
+    header = Header(found, version, lineage, pool, pg, blocks, owner)
+    if not count:
+        return header, None, check
+    pieces = []
+    for number in _SECTORS:
+        sector = view[number * _SECTOR : (number + 1) * _SECTOR]
+        (own,) = _SUM.unpack_from(sector, _PAYLOAD)
+        piece = bytes(sector[:_PAYLOAD])
+        # All zeros: the object had just become a plain one when the power went.
+        if xxh3_64_intdigest(piece, oid + number & _U64) != own and sector != _EMPTY_SECTOR:
+            raise SourcesLostError(f"{what}: the checksum of its sources does not match")
+        pieces.append(piece)
+    body = b"".join(pieces)
+    layers = struct.unpack_from(f"<{min(count, MAX_BASES)}Q", body, BLOCKS_PER_OBJECT)
+    sources = body[:BLOCKS_PER_OBJECT]
+    if count > MAX_BASES or max(sources) > count:
+        raise SourcesLostError(f"{what}: blocks of its sources are none of its bases")
+    return header, Sources(sources, layers), check
+
+
+def decode_meta(oid: int, cluster: int, meta: Buffer) -> tuple[Header, bytearray, Sources | None]:
+    """Check and decode `META_SIZE` bytes read at `META_OFFSET`.
+
+    Raises:
+        CorruptError: they are not the header and table of this object of this cluster.
+    """
+    header, sources, check = decode_header(oid, cluster, meta)
+    table = bytearray(memoryview(meta)[HEADER_SIZE:META_SIZE])
+    if xxh3_64_intdigest(table) != check:
+        raise CorruptError(f"object {format_oid(oid)}: the table's checksum does not match")
+    return header, table, sources
 
 
 def block_sum(block: Buffer) -> int:

@@ -6,11 +6,13 @@ answers with what differs (`difference`), and the node patches its copy (`patch`
 Always holds:
 - Nothing is believed from a table that may be old: `digests` reads the data.
 - A patched object is unclean and marked: after a crash half-way it is a suspect again.
+- What a patch changes is the object's own from then on; what it leaves may stay inherited.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from sheepfs.core.errors import CorruptError, ProtocolError, RetryableError
@@ -18,7 +20,7 @@ from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid
 from sheepfs.core.wire import Buffer
 from storaged.store.catalog import Catalog
 from storaged.store.disk import Disk, Health, disk_error, write_all
-from storaged.store.entry import OK, SUSPECT, OpenFile, StoredObject
+from storaged.store.entry import OK, SUSPECT, OpenFile, Overlay, StoredObject
 from storaged.store.files import OpenFiles
 from storaged.store.flush import FlushTracker
 from storaged.store.format import (
@@ -26,13 +28,16 @@ from storaged.store.format import (
     EMPTY_TABLE,
     SUMS,
     TABLE_SIZE,
+    SourcesLostError,
     block_sums,
     blocks_in,
     runs,
 )
-from storaged.store.reader import Reader, disk_sums
+from storaged.store.reader import MISSING, Reader
+from storaged.store.sharing import Sharing
 from storaged.store.space import SpaceGuard
 
+log = logging.getLogger(__name__)
 _CHUNK = 256
 _TRIES = 64
 _ALL = SUMS[BLOCKS_PER_OBJECT]
@@ -75,6 +80,7 @@ class Leveller:
         reader: Reader,
         tracker: FlushTracker,
         space: SpaceGuard,
+        sharing: Sharing,
         make: Callable[[int, int, int], StoredObject],
     ) -> None:
         """`make(oid, pool, pg)` makes an empty object."""
@@ -85,7 +91,9 @@ class Leveller:
         self._reader = reader
         self._tracker = tracker
         self._space = space
+        self._sharing = sharing
         self._make = make
+        self._settled: set[tuple[int, int]] = set()
 
     def digests(self, oid: int) -> bytes:
         """Give 8 KiB: the checksum of each block as it is on disk, 0 for zeros. Blocks."""
@@ -100,8 +108,14 @@ class Leveller:
         except OSError as error:
             raise disk_error(error, f"object {format_oid(oid)}") from error
         try:
+            overlay = self._files.overlay_of(entry, fd)
             for first in range(0, BLOCKS_PER_OBJECT, _CHUNK):
-                SUMS[_CHUNK].pack_into(table, first * 8, *disk_sums(self._disk, fd, first, _CHUNK))
+                sums = self._reader.disk_sums(fd, overlay, first, _CHUNK)
+                if MISSING in sums:
+                    sums = [0 if entry_sum == MISSING else entry_sum for entry_sum in sums]
+                SUMS[_CHUNK].pack_into(table, first * 8, *sums)
+        except SourcesLostError:
+            return EMPTY_TABLE
         except OSError as error:
             raise disk_error(error, f"read of object {format_oid(oid)}") from error
         finally:
@@ -143,19 +157,26 @@ class Leveller:
         self._health.check()
         self._space.check(len(patch.data))
         entry = self._catalog.objects.get(oid)
-        if entry is None:
-            entry = self._make(oid, pool, pg)
         # First of all: an object that is not marked is refused untouched, and only an unclean
         # one's file stays open while a thread makes room for another.
+        if entry is None:
+            entry = self._make(oid, pool, pg)
+        elif entry.linked:
+            self._sharing.before_change(entry, sorted(patch.differs))
         self._tracker.changing(entry)
         file = self._reopened(entry)
         entry.state = SUSPECT
         file.sequence += 1
         try:
             self._write(file, patch)
-            blocks = BLOCKS_PER_OBJECT - _ALL.unpack(patch.table).count(0)
+            self._tell_own(file, patch)
+            sums = _ALL.unpack(patch.table)
+            own = BLOCKS_PER_OBJECT - sums.count(0)
+            if file.overlay is not None:
+                own -= BLOCKS_PER_OBJECT - file.overlay.sources.count(0)
             file.table[:] = patch.table
-            self._catalog.grow(entry, blocks - entry.blocks)
+            self._catalog.grow(entry, own - entry.blocks)
+            self._relink(entry, file)
             entry.version, entry.lineage = patch.version, patch.lineage
         except OSError as error:
             raise self._health.fail(error, f"patch of {format_oid(oid)}") from error
@@ -168,6 +189,12 @@ class Leveller:
         """Give the open file; a fresh one where the header is damaged or the name is gone."""
         try:
             fd = self._disk.open(entry.path, create=True)
+            try:
+                overlay = self._files.overlay_of(entry, fd)
+            except SourcesLostError:
+                # `digests` gave nothing but zeros, so the patch has all there is.
+                self._disk.truncate(fd, 0)
+                overlay = None
         except OSError as error:
             raise self._health.fail(error, f"open of {format_oid(entry.oid)}") from error
         # Changes through the former descriptor are in the page cache of the same file; if its
@@ -175,7 +202,27 @@ class Leveller:
         table = bytearray(EMPTY_TABLE) if entry.file is None else entry.file.table
         self._files.drop(entry)
         self._tracker.directory_changed(entry.directory)
-        return self._files.adopt(entry, fd, table)
+        return self._files.adopt(entry, fd, table, overlay)
+
+    def _relink(self, entry: StoredObject, file: OpenFile) -> None:
+        bases = () if file.overlay is None else file.overlay.used()
+        if bases or entry.bases:
+            self._catalog.set_bases(entry, bases)
+
+    def _tell_own(self, file: OpenFile, patch: Patch) -> None:
+        """Record that changed blocks are the object's own, and inherited zeros are holes (OSError).
+
+        What is inherited from a base that is gone counts as zeros in `digests`.
+        """
+        overlay = file.overlay
+        if overlay is None:
+            return
+        sums = _ALL.unpack(patch.table)
+        for i, source in enumerate(overlay.sources):
+            if source and (i in patch.differs or not sums[i]):
+                if i not in patch.differs:
+                    self._disk.punch(file.fd, i * BLOCK_SIZE, BLOCK_SIZE)
+                overlay.own(i, (sums[i],))
 
     def _write(self, file: OpenFile, patch: Patch) -> None:
         sums = _ALL.unpack(patch.table)
@@ -195,6 +242,70 @@ class Leveller:
             elif kind == 2:
                 self._disk.punch(file.fd, start * BLOCK_SIZE, length)
             start = end
+
+    def launder(self, oid: int, lineage: int) -> None:
+        """See ObjectStore.launder. Blocks."""
+        self._health.check()
+        entry = self._catalog.objects.get(oid)
+        if entry is None:
+            raise self._catalog.refusal(oid)
+        try:
+            fd = self._disk.open(entry.path)
+            # Of a plain object without a header there is only the data. Of an overlay without
+            # its sources there is nothing to be had: what it inherited is not zeros (I3).
+            overlay = self._files.overlay_of(entry, fd)
+        except OSError as error:
+            raise disk_error(error, f"object {format_oid(oid)}") from error
+        self._files.drop(entry)
+        table = bytearray(TABLE_SIZE)
+        file = self._files.adopt(entry, fd, table, overlay)
+        try:
+            for first in range(0, BLOCKS_PER_OBJECT, _CHUNK):
+                sums = self._reader.disk_sums(fd, overlay, first, _CHUNK)
+                if MISSING in sums:
+                    log.error("%s: blocks that it inherits are gone", format_oid(oid))
+                    sums = [1 if entry_sum == MISSING else entry_sum for entry_sum in sums]
+                SUMS[_CHUNK].pack_into(table, first * 8, *sums)
+        except OSError as error:
+            self._files.drop(entry)
+            raise disk_error(error, f"read of object {format_oid(oid)}") from error
+        whole = _ALL.unpack(table)
+        blocks = BLOCKS_PER_OBJECT - whole.count(0)
+        if overlay is not None:
+            self._drop_zeros(file, overlay, whole)
+            blocks -= BLOCKS_PER_OBJECT - overlay.sources.count(0)
+        self._catalog.grow(entry, blocks - entry.blocks)
+        self._relink(entry, file)
+        entry.lineage = lineage
+        try:
+            self._files.write_meta(entry, file)
+            self._files.sync(entry)
+            self._sync_names(entry)
+        except OSError as error:
+            raise self._health.fail(error, f"object {format_oid(oid)}") from error
+        entry.state = OK
+
+    def _drop_zeros(self, file: OpenFile, overlay: Overlay, sums: Sequence[int]) -> None:
+        """Make inherited blocks of zeros holes of the object's own."""
+        for i, source in enumerate(overlay.sources):
+            if source and not sums[i]:
+                try:
+                    self._disk.punch(file.fd, i * BLOCK_SIZE, BLOCK_SIZE)
+                except OSError as error:
+                    raise self._health.fail(error, "launder") from error
+                overlay.own(i, (0,))
+
+    def _sync_names(self, entry: StoredObject) -> None:
+        """Make the name of an object's file durable, and those of the directories above it.
+
+        The directories may be there and not be durable yet: the loop makes them too, and leaves
+        them to the next flush. Once synced here they stay (OSError).
+        """
+        self._disk.fsync_dir(entry.directory)
+        if (entry.pool, entry.pg) not in self._settled:
+            self._disk.fsync_dir(f"objects/{entry.pool}")
+            self._disk.fsync_dir("objects")
+            self._settled.add((entry.pool, entry.pg))
 
 
 def bitmap(numbers: Iterable[int]) -> bytes:

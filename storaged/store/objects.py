@@ -3,31 +3,35 @@
 Always holds:
 - An object that was flushed, and not marked in the dirty log since, is on stable storage as
   its table says. One that was marked when the store stopped uncleanly is a *suspect*: it
-  serves nothing until `install`, `launder`, `clear_suspect` or a write with `create`.
+  serves nothing until `patch`, `launder`, `clear_suspect` or a write with `create`.
 - Every byte given out was checked against its checksum (I11).
 - After one failed write or sync every call raises DiskError (I5).
 
 Threads: the event loop's thread calls everything; the methods that say "Blocks" are meant for
 worker threads and may run beside the loop. Nobody writes, punches or deletes an object while
-an `install`, `launder` or `clear_suspect` of it runs.
+an `inherit`, `unshare`, `launder` or `clear_suspect` of it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from sheepfs.core.geometry import BLOCK_SIZE, format_oid, layer_of, pg_of
+from sheepfs.core.errors import NoSpaceError, SheepError
+from sheepfs.core.geometry import format_oid, layer_of, pg_of
 from sheepfs.core.wire import Buffer
 from storaged.store import startup
 from storaged.store.directory import DataDirectory
 from storaged.store.disk import disk_error
 from storaged.store.entry import CORRUPT, OK, SUSPECT, ObjectInfo, StoredObject
 from storaged.store.flush import FlushJob
-from storaged.store.format import Header
+from storaged.store.format import Sources
 from storaged.store.level import Difference, Patch
 
-__all__ = ["FlushJob", "ObjectInfo", "ObjectStore", "StoredObject", "Usage"]
+__all__ = ["FlushJob", "ObjectInfo", "ObjectStore", "Sources", "StoredObject", "Usage"]
+log = logging.getLogger(__name__)
 
 
 class Usage(NamedTuple):
@@ -87,11 +91,14 @@ class ObjectStore(DataDirectory):
         create: bool = False,
         pool: int = 0,
         pg: int = 0,
+        base: int | None = None,
     ) -> None:
         """Write to a marked object; what the caller checked about versions stands.
 
         With `create` whatever the object held is void (`data` may be empty then): bytes not
         written read as zeros, the lineage is 0, a suspect or corrupt object is a good one.
+        With `base` too, it becomes a copy of that good object, which has the same kind and
+        index, and the range is written to the copy; blocks until the base's table was read.
 
         **Durability**: none before the next flush. **Ordering**: seen by every later call.
 
@@ -103,51 +110,91 @@ class ObjectStore(DataDirectory):
             DiskError: the disk failed; the store is out of use.
         """
         if create:
-            self._writer.create(oid, offset, data, version, pool, pg)
+            self._writer.create(oid, offset, data, version, pool, pg, base)
         else:
             self._writer.write(oid, offset, data, version)
 
-    def punch(self, oid: int, offset: int, length: int, version: int) -> None:
+    def punch(
+        self,
+        oid: int,
+        offset: int,
+        length: int,
+        version: int,
+        *,
+        pool: int = 0,
+        pg: int = 0,
+        base: int | None = None,
+    ) -> None:
         """Make a range of a marked object read as zeros and give its space back.
+
+        With `base` whatever the object held is void, and it becomes a copy of that one first.
 
         Raises: as `write`.
         """
-        self._writer.punch(oid, offset, length, version)
+        if base is not None:
+            self._writer.create_punched(oid, offset, length, version, pool, pg, base)
+        else:
+            self._writer.punch(oid, offset, length, version)
 
-    def delete(self, oid: int) -> None:
-        """Remove an object, if it is there; durable with the next flush. Raises DiskError."""
-        self._writer.delete(oid)
+    def dependents(self, oid: int) -> Sequence[int]:
+        """Give the objects that inherit blocks from `oid`, perhaps with some that no longer do."""
+        return self._sharing.dependents(oid)
 
-    def install(
-        self,
-        oid: int,
-        version: int,
-        lineage: int,
-        blocks: Buffer,
-        data: Buffer,
-        *,
-        pool: int,
-        pg: int,
-    ) -> None:
-        """Replace (or make) a whole object durably by a peer's. Blocks.
+    def unshare(self, oid: int, base: int) -> None:
+        """Give a marked object its own copy of all it inherits from `base`, durably. Blocks.
 
-        Args:
-            blocks: 128 bytes; bit `i % 8` of byte `i // 8` says that block i is in `data`.
-            data: those blocks of 4 KiB, concatenated; all others are holes.
+        Nobody else changes the object meanwhile. Afterwards `base` may go or change without it.
+        `delete`, `quarantine`, `write`, `punch` and `patch` of `base` do the same for all that
+        have not been unshared, and block for it.
 
         Raises:
-            UsageError: `data` and `blocks` do not fit each other.
-            NoSpaceError: only the reserve is left; the old object stays.
+            RetryableError: the object is not marked (any more); nothing changed.
+            NoSpaceError: the disk is full; nothing changed.
             DiskError: the disk failed; the store is out of use.
         """
-        self._replacer.install(Header(oid, version, lineage, pool, pg, 0, 0), blocks, data)
+        self._sharing.unshare(oid, base)
 
-    def export(self, oid: int) -> tuple[ObjectInfo, bytes, list[Buffer]]:
-        """Give a whole object as `install` takes it: info, bitmap, data. Blocks.
+    def inherit(
+        self, oid: int, sources: Sources, trusted: Collection[int], *, pool: int, pg: int
+    ) -> None:
+        """Make an absent, marked object of what local objects have of a peer's. Blocks.
 
-        All three are of one moment, whatever is written meanwhile. Raises: as `read`.
+        The object is a suspect of version 0 then: `digests` and `patch` make it equal. Nobody
+        else touches the object meanwhile.
+
+        Args:
+            sources: the peer's `layout`.
+            trusted: objects that are level with the peer's; others are not inherited from.
+
+        Raises:
+            UsageError: the object is there.
+            RetryableError, NoSpaceError, DiskError: as `write` with `create`.
         """
-        return self._reader.export(oid)
+        copy = self._sharing.composed(oid, sources, trusted)
+        self._writer.inherit(oid, pool, pg, copy)
+
+    def is_open(self, oid: int) -> bool:
+        """Tell whether an object's table is in memory."""
+        entry = self._catalog.objects.get(oid)
+        return entry is not None and entry.file is not None
+
+    def sums(self, oid: int) -> bytes:
+        """Give the 8 KiB table of a good object; blocks unless it is open. Raises: as `read`."""
+        return self._reader.sums(oid)
+
+    def layout(self, oid: int) -> Sources:
+        """Tell where the blocks of a good object lie; blocks unless it is open.
+
+        Raises: as `read`.
+        """
+        return self._reader.layout(oid)
+
+    def delete(self, oid: int) -> None:
+        """Remove an object, if it is there; durable with the next flush.
+
+        Blocks if others inherit from it. Raises DiskError, and NoSpaceError (nothing changed).
+        """
+        self._writer.delete(oid)
 
     def digests(self, oid: int) -> bytes:
         """Give 8 KiB: the checksum of each block as it is on disk, 0 for zeros. Blocks.
@@ -182,6 +229,8 @@ class ObjectStore(DataDirectory):
     def quarantine(self, oid: int) -> None:
         """Move an object out of the way, if it is there; durable with the next flush.
 
+        What it inherits is copied to it, and to others what they inherit from it. Blocks then.
+
         Raises:
             DiskError: the disk failed; the store is out of use.
         """
@@ -189,6 +238,12 @@ class ObjectStore(DataDirectory):
         entry = self._catalog.objects.get(oid)
         if entry is None:
             return
+        if entry.linked:
+            self._sharing.before_removal(entry)
+            try:
+                self._sharing.on_its_own(entry)
+            except NoSpaceError as error:
+                log.error("object %s is quarantined incomplete: %s", format_oid(oid), error)
         try:
             if entry.changed and entry.file is not None:
                 self._files.write_meta(entry, entry.file)
@@ -202,9 +257,10 @@ class ObjectStore(DataDirectory):
     def launder(self, oid: int, lineage: int) -> None:
         """Take what the disk holds of an object as the truth, under a new lineage. Blocks.
 
-        Durable on return. Raises ObjectNotFoundError, DiskError.
+        Durable on return. Raises ObjectNotFoundError, DiskError, and CorruptError if it inherits
+        blocks and its header does not say any more from where.
         """
-        self._replacer.launder(oid, lineage)
+        self._leveller.launder(oid, lineage)
 
     def clear_suspect(self, oid: int) -> None:
         """Trust a suspect again: peers agree with it. Its blocks are still checked when read.
@@ -232,20 +288,20 @@ class ObjectStore(DataDirectory):
         """Give the ids of all objects of a layer."""
         return [e.oid for e in self._catalog.everything() if layer_of(e.oid) == layer]
 
-    def inventory(self, layers: Sequence[int] | None) -> Sequence[tuple[int, int, int]]:
-        """Give (id, version, blocks in its own file) of all objects (of some layers)."""
-        wanted = None if layers is None else set(layers)
-        return [
-            (e.oid, e.version, e.info().allocated // BLOCK_SIZE)
-            for e in self._catalog.everything()
-            if wanted is None or layer_of(e.oid) in wanted
-        ]
+    def inventory(self, layers: Collection[int] | None) -> Sequence[tuple[int, int, int, int]]:
+        """Give (id, version, blocks in its own file, blocks of data) of all or some layers. Blocks.
 
-    def dependents(self, oid: int) -> Sequence[int]:
-        return []
-
-    def unshare(self, oid: int, base: int) -> None:
-        pass
+        What an object that cannot be read inherits is not counted.
+        """
+        found = []
+        for entry in self._catalog.everything():
+            if layers is None or layer_of(entry.oid) in layers:
+                data = entry.blocks
+                if entry.bases:
+                    with suppress(SheepError):
+                        data = int.from_bytes(self._reader.bitmap(entry.oid)).bit_count()
+                found.append((entry.oid, entry.version, entry.blocks, data))
+        return found
 
     def suspects(self) -> Sequence[int]:
         """Give the ids of all objects to be resolved with peers (corrupt headers included)."""
@@ -260,9 +316,13 @@ class ObjectStore(DataDirectory):
         self._health.check()
         return self._tracker.begin(layer)
 
-    def end_flush(self, job: FlushJob) -> None:
-        """Record that `job.run` has succeeded. Raises DiskError if it has not."""
-        self._tracker.end(job)
+    def end_flush(self, job: FlushJob) -> FlushJob | None:
+        """Record that `job.run` has succeeded. Raises DiskError if it has not.
+
+        Returns:
+            A second job, to be run and ended likewise: only then the flush is complete.
+        """
+        return self._tracker.end(job)
 
     @property
     def needs_trim(self) -> bool:

@@ -4,6 +4,8 @@ Always holds:
 - A mismatch is damage only if no write to the object was under way or came between: the
   sequence number of the open file tells. Otherwise the read is done again.
 - A hole is zeros because the table says so; the disk is not asked.
+- An inherited block is checked against the heir's table, whatever its base says of itself. One
+  whose base is gone is damaged, never zeros (I3).
 """
 
 from __future__ import annotations
@@ -13,19 +15,28 @@ from collections.abc import Sequence
 
 from xxhash import xxh3_64_intdigest
 
-from sheepfs.core.errors import CorruptError, RetryableError, SheepError, UsageError
-from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SIZE, format_oid
+from sheepfs.core.errors import (
+    CorruptError,
+    ObjectNotFoundError,
+    RetryableError,
+    SheepError,
+    UsageError,
+)
+from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SIZE, format_oid, layer_of
 from sheepfs.core.wire import Buffer
 from storaged.store.catalog import Catalog
 from storaged.store.disk import Disk, Health, disk_error
-from storaged.store.entry import ObjectInfo, OpenFile, StoredObject
+from storaged.store.entry import OpenFile, Overlay, StoredObject
 from storaged.store.files import OpenFiles
-from storaged.store.format import SUMS, bitmap_of, block_sums, mismatches, runs
+from storaged.store.format import SUMS, Sources, bitmap_of, block_sum, block_sums, mismatches, runs
 
 log = logging.getLogger(__name__)
 _ZEROS = memoryview(bytes(OBJECT_SIZE))
 _TRIES = 64
 """Reads of one range overtaken by writes before the reader is told to come again."""
+HOLE = -1
+MISSING = -1
+"""Stands for the checksum of an inherited block whose base is gone; no block has it."""
 _CHUNK = 256
 """Blocks read at once when a whole object is checked."""
 
@@ -114,32 +125,26 @@ class Reader:
             entry = current
         raise RetryableError(f"object {format_oid(oid)} changes too fast to be read")
 
-    def export(self, oid: int) -> tuple[ObjectInfo, bytes, list[Buffer]]:
-        """See ObjectStore.export."""
-        for _ in range(_TRIES):
-            entry = self._catalog.objects.get(oid)
-            if entry is None or entry.state or self._health.failed is not None:
-                raise self._catalog.refusal(oid)
-            file = entry.file or self._files.acquire(entry)
-            sequence = file.sequence
-            info = entry.info()
-            sums = SUMS[BLOCKS_PER_OBJECT].unpack_from(file.table)
-            pieces: list[Buffer] = []
-            for start, end, is_data in runs(sums):
-                if is_data:
-                    pieces += self.read_blocks(entry, start, end - start)
-            # Version, bitmap and data must be those of one moment.
-            if self.settled(entry, file, sequence):
-                return info, bitmap_of(sums), pieces
-        raise RetryableError(f"object {format_oid(oid)} changes too fast to be copied")
-
     def bitmap(self, oid: int) -> bytes:
         """See ObjectStore.extents."""
+        return bitmap_of(SUMS[BLOCKS_PER_OBJECT].unpack(self.sums(oid)))
+
+    def sums(self, oid: int) -> bytes:
+        """See ObjectStore.sums."""
+        return bytes(self._good(oid)[1].table)
+
+    def layout(self, oid: int) -> Sources:
+        """See ObjectStore.layout."""
+        overlay = self._good(oid)[1].overlay
+        if overlay is None:
+            return Sources(bytes(BLOCKS_PER_OBJECT), ())
+        return Sources(bytes(overlay.sources), tuple(map(layer_of, overlay.bases)))
+
+    def _good(self, oid: int) -> tuple[StoredObject, OpenFile]:
         entry = self._catalog.objects.get(oid)
         if entry is None or entry.state or self._health.failed is not None:
             raise self._catalog.refusal(oid)
-        file = entry.file or self._files.acquire(entry)
-        return bitmap_of(SUMS[BLOCKS_PER_OBJECT].unpack_from(file.table))
+        return entry, entry.file or self._files.acquire(entry)
 
     def verify(self, oid: int) -> list[int]:
         """See ObjectStore.verify."""
@@ -158,7 +163,7 @@ class Reader:
             sequence = file.sequence
             sums = SUMS[_CHUNK].unpack_from(file.table, first * 8)
             try:
-                found = disk_sums(self._disk, file.fd, first, _CHUNK)
+                found = self.disk_sums(file.fd, file.overlay, first, _CHUNK)
             except OSError as error:
                 raise self._failed(oid, error) from error
             bad = [first + i for i in range(_CHUNK) if found[i] != sums[i]]
@@ -173,6 +178,8 @@ class Reader:
 
         None: not all is in memory and `wait` is False. Raises OSError.
         """
+        if file.overlay is not None:
+            return self._overlay_pieces(file, file.overlay, first, sums, wait)
         if 0 not in sums:
             data = self._fetch(file.fd, first, len(sums), wait)
             if data is None:
@@ -191,6 +198,87 @@ class Reader:
             wrong += [first + start + i for i in mismatches(data, sums[start:end])]
             pieces.append(data)
         return pieces, wrong
+
+    def _overlay_pieces(
+        self, file: OpenFile, overlay: Overlay, first: int, sums: tuple[int, ...], wait: bool
+    ) -> tuple[list[Buffer], list[int]] | None:
+        """Do what `_pieces` does for blocks of which some lie in other objects' files."""
+        sources = overlay.sources[first : first + len(sums)]
+        places = [source if entry else HOLE for source, entry in zip(sources, sums, strict=True)]
+        pieces: list[Buffer] = []
+        wrong: list[int] = []
+        for start, end, place in stretches(places):
+            if place == HOLE:
+                pieces.append(_ZEROS[: (end - start) * BLOCK_SIZE])
+                continue
+            holder = file if not place else self.base_file(overlay.bases[place - 1], wait)
+            if holder is None:
+                if not wait:
+                    return None
+                wrong += range(first + start, first + end)
+                continue
+            data = self._fetch(holder.fd, first + start, end - start, wait)
+            if data is None:
+                return None
+            wrong += [first + start + i for i in mismatches(data, sums[start:end])]
+            pieces.append(data)
+        return pieces, wrong
+
+    def base_file(self, oid: int, wait: bool) -> OpenFile | None:
+        """Give a base's file, of which only the descriptor counts; may block with `wait`.
+
+        Returns:
+            None if it is not open already and `wait` is False, or it is gone.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        entry = self._catalog.objects.get(oid)
+        if entry is None:
+            return None
+        entry.used = True
+        file = entry.file
+        if file is not None or not wait:
+            return file
+        try:
+            return self._files.acquire(entry)
+        except ObjectNotFoundError:
+            return None
+        except SheepError:
+            # What its own header says does not matter to who inherits its blocks.
+            return OpenFile(self._disk.open(entry.path), bytearray(), self._disk.close)
+
+    def raw(self, fd: int, overlay: Overlay | None, first: int, count: int) -> list[Buffer | None]:
+        """Read blocks from wherever they lie, unchecked; None for each whose base is gone.
+
+        Blocks. Raises OSError.
+        """
+        places = bytes(count) if overlay is None else overlay.sources[first : first + count]
+        result: list[Buffer | None] = []
+        for start, end, place in stretches(places):
+            size = end - start
+            holder: OpenFile | None = None
+            if place and overlay is not None:
+                holder = self.base_file(overlay.bases[place - 1], True)
+                if holder is None:
+                    result += [None] * size
+                    continue
+            source = fd if holder is None else holder.fd
+            data = self._disk.pread(source, size * BLOCK_SIZE, (first + start) * BLOCK_SIZE)
+            view = memoryview(data.ljust(size * BLOCK_SIZE, b"\0"))
+            result += [view[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE] for i in range(size)]
+        return result
+
+    def disk_sums(self, fd: int, overlay: Overlay | None, first: int, count: int) -> list[int]:
+        """Give the table entries that the data on disk should have; `MISSING` without a base.
+
+        Blocks. Raises OSError.
+        """
+        if overlay is None:
+            data = self._disk.pread(fd, count * BLOCK_SIZE, first * BLOCK_SIZE)
+            return block_sums(memoryview(data.ljust(count * BLOCK_SIZE, b"\0")))
+        blocks = self.raw(fd, overlay, first, count)
+        return [MISSING if block is None else block_sum(block) for block in blocks]
 
     def _fetch(self, fd: int, first: int, count: int, wait: bool) -> memoryview | None:
         length = count * BLOCK_SIZE
@@ -223,9 +311,12 @@ class Reader:
         return disk_error(error, f"read of object {format_oid(oid)}")
 
 
-def disk_sums(disk: Disk, fd: int, first: int, count: int) -> list[int]:
-    """Give the table entries that the data on disk should have (OSError). Blocks."""
-    data = disk.pread(fd, count * BLOCK_SIZE, first * BLOCK_SIZE)
-    if len(data) < count * BLOCK_SIZE:
-        data += bytes(count * BLOCK_SIZE - len(data))
-    return block_sums(memoryview(data))
+def stretches(places: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Split a sequence into runs of equal numbers: (start, end, number), in order."""
+    result = []
+    start = 0
+    for i in range(1, len(places) + 1):
+        if i == len(places) or places[i] != places[start]:
+            result.append((start, i, places[start]))
+            start = i
+    return result

@@ -10,31 +10,37 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import islice
 
 from xxhash import xxh3_64_intdigest
 
 from sheepfs.core.errors import CorruptError
-from sheepfs.core.geometry import format_oid
+from sheepfs.core.geometry import format_oid, layer_of
 from storaged.store.disk import Disk, read_file, replace_file
-from storaged.store.entry import CORRUPT, StoredObject
-from storaged.store.format import META_OFFSET, META_SIZE, decode_meta
+from storaged.store.entry import CORRUPT, StoredObject, open_overlay, sibling
+from storaged.store.format import META_OFFSET, META_SIZE, decode_header, decode_meta
 
 log = logging.getLogger(__name__)
 INDEX = "index"
 _MAGIC = b"SHEEPIDX"
+_LAYER = struct.Struct("<Q")
 _HEADER = struct.Struct("<8sQQ")
-"""magic, number of records, xxh3 of the records."""
-_RECORD = struct.Struct("<QQIHHBB")
-"""oid, version, lineage, blocks, pg, pool, state."""
+"""magic, number of records, xxh3 of all that follows."""
+_RECORD = struct.Struct("<QQIHHBBH")
+"""oid, version, lineage, blocks, pg, pool, state, number of bases. The layers of all bases, 8 bytes
+each, stand behind the last record, in the order of the records."""
 
 
-def write_index(disk: Disk, entries: Iterable[StoredObject]) -> None:
+def write_index(disk: Disk, entries: Sequence[StoredObject]) -> None:
     """Write the index durably (OSError)."""
     body = b"".join(
-        _RECORD.pack(e.oid, e.version, e.lineage, e.blocks, e.pg, e.pool, e.state) for e in entries
+        _RECORD.pack(e.oid, e.version, e.lineage, e.blocks, e.pg, e.pool, e.state, len(e.bases))
+        for e in entries
     )
-    header = _HEADER.pack(_MAGIC, len(body) // _RECORD.size, xxh3_64_intdigest(body))
+    layers = [layer_of(base) for e in entries for base in e.bases]
+    body += struct.pack(f"<{len(layers)}Q", *layers)
+    header = _HEADER.pack(_MAGIC, len(entries), xxh3_64_intdigest(body))
     replace_file(disk, INDEX, header + body)
 
 
@@ -49,14 +55,20 @@ def take_index(disk: Disk) -> list[StoredObject] | None:
     if len(data) >= _HEADER.size:
         magic, count, check = _HEADER.unpack_from(data)
         body = memoryview(data)[_HEADER.size :]
-        good = magic == _MAGIC and len(body) == count * _RECORD.size
-        if good and xxh3_64_intdigest(body) == check:
-            return [
-                StoredObject(oid, pool, pg, version, lineage, blocks, state)
-                for oid, version, lineage, blocks, pg, pool, state in _RECORD.iter_unpack(body)
-            ]
+        if magic == _MAGIC and xxh3_64_intdigest(body) == check:
+            return _entries(body, count)
     log.warning("the index of the last stop is damaged; reading the headers instead")
     return None
+
+
+def _entries(body: memoryview, count: int) -> list[StoredObject]:
+    records = body[: count * _RECORD.size]
+    layers = iter(_LAYER.iter_unpack(body[len(records) :]))
+    result = []
+    for oid, version, lineage, blocks, pg, pool, state, bases in _RECORD.iter_unpack(records):
+        own = tuple(sibling(oid, layer) for (layer,) in islice(layers, bases))
+        result.append(StoredObject(oid, pool, pg, version, lineage, blocks, state, own))
+    return result
 
 
 def scan(disk: Disk, cluster: int) -> list[StoredObject]:
@@ -104,15 +116,18 @@ def _trust(entry: StoredObject) -> tuple[bool, int]:
 def _read_entry(disk: Disk, cluster: int, entry: StoredObject) -> StoredObject:
     fd = disk.open(entry.path)
     try:
-        header, _ = decode_meta(entry.oid, cluster, disk.pread(fd, META_SIZE, META_OFFSET))
+        meta = disk.pread(fd, META_SIZE, META_OFFSET)
+        header, sources, _ = decode_header(entry.oid, cluster, meta)
+        entry.version, entry.lineage, entry.blocks = header.version, header.lineage, header.blocks
+        overlay = open_overlay(entry.oid, sources)
+        entry.bases = () if overlay is None else overlay.used()
+        decode_meta(entry.oid, cluster, meta)
     except CorruptError as error:
         log.error("%s", error)
         entry.state = CORRUPT
     except OSError as error:
         log.error("object %s: the header cannot be read: %s", format_oid(entry.oid), error)
         entry.state = CORRUPT
-    else:
-        entry.version, entry.lineage, entry.blocks = header.version, header.lineage, header.blocks
     finally:
         disk.close(fd)
     return entry

@@ -48,7 +48,7 @@ def read(disk: Disk) -> Superblock | None:
     """Read the superblock; None if there is none.
 
     Raises:
-        WrongClusterError: the directory was made by a newer version.
+        WrongClusterError: the directory was made by a version with another format.
         CorruptError: the file is damaged.
         OSError: the disk failed.
     """
@@ -62,6 +62,11 @@ def read(disk: Disk) -> Superblock | None:
         if found > FORMAT:
             raise WrongClusterError(
                 f"the data directory has format {found}; this version knows up to {FORMAT}"
+            )
+        if found < FORMAT:
+            raise WrongClusterError(
+                f"the data directory has format {found}, which was never released; this version"
+                f" needs {FORMAT}: give it an empty directory, and the peers fill it"
             )
         check = fields.pop("check")
         if check != _checksum(fields):

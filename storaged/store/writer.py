@@ -5,13 +5,16 @@ Always holds:
 - One pwrite for each request, whatever its alignment: the edges of a ragged range are read,
   checked and hashed together with the new bytes, but only the new bytes are written.
 - A block whose table entry is 0 reads as zeros on disk too, so a ragged write may extend it.
+- A ragged write to an inherited block writes the whole block to the object's own file.
+- Who inherits a block that is to change has its own copy first (sharing.py).
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from sheepfs.core.errors import NoSpaceError, RetryableError, SheepError, UsageError
 from sheepfs.core.geometry import BLOCK_SIZE, OBJECT_SIZE, format_oid
@@ -19,11 +22,12 @@ from sheepfs.core.wire import Buffer
 from storaged.store.catalog import Catalog
 from storaged.store.dirtylog import DirtyLog
 from storaged.store.disk import Disk, Health, disk_error, make_directory, write_all
-from storaged.store.entry import OK, SUSPECT, OpenFile, StoredObject
+from storaged.store.entry import OK, SUSPECT, OpenFile, Overlay, StoredObject
 from storaged.store.files import OpenFiles
 from storaged.store.flush import FlushTracker
 from storaged.store.format import EMPTY_TABLE, META_SIZE, SUMS, block_sum, block_sums
 from storaged.store.reader import Reader
+from storaged.store.sharing import Copy, Sharing
 from storaged.store.space import SpaceGuard
 
 log = logging.getLogger(__name__)
@@ -43,6 +47,7 @@ class Writer:
         tracker: FlushTracker,
         marks: DirtyLog,
         space: SpaceGuard,
+        sharing: Sharing,
     ) -> None:
         self._disk = disk
         self._health = health
@@ -52,6 +57,7 @@ class Writer:
         self._tracker = tracker
         self._marks = marks
         self._space = space
+        self._sharing = sharing
 
     def write(self, oid: int, offset: int, data: Buffer, version: int) -> None:
         """See ObjectStore.write."""
@@ -66,6 +72,11 @@ class Writer:
         if not 0 <= offset < end <= OBJECT_SIZE:
             raise UsageError(f"range {offset}+{length} is not within an object")
         first = offset // BLOCK_SIZE
+        if entry.linked:
+            self._sharing.before_change(entry, range(first, -(-end // BLOCK_SIZE)))
+            file = self._reopen(entry)
+            offset, data = self._widened(entry, file, offset, data)
+            length = len(data)
         if (offset | length) % BLOCK_SIZE:
             new = self._ragged_sums(entry, offset, memoryview(data))
         elif length == BLOCK_SIZE:
@@ -75,31 +86,66 @@ class Writer:
         entry.used = True
         self._apply(entry, file, first, new, offset, data, version)
 
-    def create(self, oid: int, offset: int, data: Buffer, version: int, pool: int, pg: int) -> None:
+    def create(
+        self,
+        oid: int,
+        offset: int,
+        data: Buffer,
+        version: int,
+        pool: int,
+        pg: int,
+        base: int | None,
+    ) -> None:
         """See ObjectStore.write; `create` is True."""
         self._health.check()
         end = offset + len(data)
         if not 0 <= offset <= end <= OBJECT_SIZE:
             raise UsageError(f"range {offset}+{len(data)} is not within an object")
+        covered = -(-end // BLOCK_SIZE) * BLOCK_SIZE - offset // BLOCK_SIZE * BLOCK_SIZE
+        with self._making(oid, version, pool, pg, base, covered) as (entry, file):
+            if data:
+                offset, data = self._widened(entry, file, offset, data)
+                new = self._ragged_sums(entry, offset, memoryview(data))
+                self._apply(entry, file, offset // BLOCK_SIZE, new, offset, data, version)
+
+    def create_punched(
+        self, oid: int, offset: int, length: int, version: int, pool: int, pg: int, base: int
+    ) -> None:
+        """See ObjectStore.punch; with a base."""
+        self._health.check()
+        if not 0 <= offset < offset + length <= OBJECT_SIZE:
+            raise UsageError(f"range {offset}+{length} is not within an object")
+        with self._making(oid, version, pool, pg, base, 2 * BLOCK_SIZE) as (entry, file):
+            self._punch(entry, file, offset, length, version)
+
+    @contextmanager
+    def _making(
+        self, oid: int, version: int, pool: int, pg: int, base: int | None, need_bytes: int
+    ) -> Iterator[tuple[StoredObject, OpenFile]]:
+        """Void an object, make it a copy of `base`, and trust it after the body."""
         if oid not in self._marks.marked:
             raise RetryableError(f"object {format_oid(oid)} is not marked as dirty")
         entry = self._catalog.objects.get(oid)
-        covered = -(-end // BLOCK_SIZE) * BLOCK_SIZE - offset // BLOCK_SIZE * BLOCK_SIZE
+        if entry is not None and entry.linked:
+            self._sharing.before_removal(entry)
+        copy = None
+        if base is not None:
+            if base == oid:
+                raise UsageError(f"object {format_oid(oid)} as a copy of itself")
+            copy = self._sharing.copy_of(base)
+            need_bytes += len(copy.own) * BLOCK_SIZE
         freed = entry.blocks * BLOCK_SIZE if entry is not None else 0
-        self._space.check(max(0, covered + META_SIZE - freed))
+        self._space.check(max(0, need_bytes + META_SIZE - freed))
         if entry is not None and (entry.pool, entry.pg) != (pool, pg):
             self.delete(oid)
             entry = None
         made = entry is None
         entry = self.make(oid, pool, pg) if entry is None else entry
-        # Until the new content is whole, a thread that exports the object must not see it.
+        # Until the new content is whole, a thread that compares the object must not see it.
         entry.state = SUSPECT
         try:
-            file = self._void(entry, version)
-            if data:
-                new = self._ragged_sums(entry, offset, memoryview(data))
-                self._apply(entry, file, offset // BLOCK_SIZE, new, offset, data, version)
-        except NoSpaceError:
+            yield entry, self.void(entry, version, copy)
+        except SheepError:
             if made and self._health.failed is None:
                 self.delete(oid)
             raise
@@ -114,11 +160,23 @@ class Writer:
         end = offset + length
         if not 0 <= offset < end <= OBJECT_SIZE:
             raise UsageError(f"range {offset}+{length} is not within an object")
+        if entry.linked:
+            first, end_block = offset // BLOCK_SIZE, -(-end // BLOCK_SIZE)
+            self._sharing.before_change(entry, range(first, end_block))
+            file = self._reopen(entry)
+        self._punch(entry, file, offset, length, version)
+
+    def _punch(
+        self, entry: StoredObject, file: OpenFile, offset: int, length: int, version: int
+    ) -> None:
+        end = offset + length
         first = offset // BLOCK_SIZE
         count = -(-end // BLOCK_SIZE) - first
+        overlay = file.overlay
         old = SUMS[count].unpack_from(file.table, first * 8)
         new = [0] * count
-        edges: list[tuple[int, int]] = []
+        edges: list[tuple[int, Buffer]] = []
+        own = count - old.count(0)
         for block in {first, first + count - 1}:
             start = max(offset, block * BLOCK_SIZE)
             stop = min(end, (block + 1) * BLOCK_SIZE)
@@ -127,17 +185,25 @@ class Writer:
             kept = bytearray(self._reader.read_blocks(entry, block, 1)[0])
             kept[start % BLOCK_SIZE : start % BLOCK_SIZE + stop - start] = bytes(stop - start)
             new[block - first] = block_sum(kept)
-            if new[block - first]:
-                edges.append((start, stop))
+            if not new[block - first]:
+                continue
+            if overlay is not None and overlay.sources[block]:
+                edges.append((block * BLOCK_SIZE, kept))
+            else:
+                edges.append((start, bytes(stop - start)))
+        if overlay is not None:
+            own -= _inherited(overlay, first, count)
         file = self._begin(entry, file)
         entry.used = True
         file.sequence += 1
         try:
-            for start, stop in edges:
-                write_all(self._disk, file.fd, bytes(stop - start), start)
+            for start, piece in edges:
+                write_all(self._disk, file.fd, piece, start)
             self._punch_blocks(file, first, old, new)
             SUMS[count].pack_into(file.table, first * 8, *new)
-            self._catalog.grow(entry, old.count(0) - new.count(0))
+            if file.overlay is not None:
+                file.overlay.own(first, new)
+            self._catalog.grow(entry, count - new.count(0) - own)
             entry.version = version
         except OSError as error:
             raise self._broken(entry, error) from error
@@ -150,6 +216,8 @@ class Writer:
         entry = self._catalog.objects.get(oid)
         if entry is None:
             return
+        if entry.linked:
+            self._sharing.before_removal(entry)
         try:
             self._disk.unlink(entry.path)
         except FileNotFoundError:
@@ -168,6 +236,28 @@ class Writer:
     def _open(self, entry: StoredObject) -> OpenFile:
         self._files.evict()
         return self._files.acquire(entry)
+
+    def _reopen(self, entry: StoredObject) -> OpenFile:
+        """Give the open file once more: others were opened and may have taken its place."""
+        return entry.file or self._files.acquire(entry)
+
+    def _widened(
+        self, entry: StoredObject, file: OpenFile, offset: int, data: Buffer
+    ) -> tuple[int, Buffer]:
+        """Add to a range what it lacks of the inherited blocks at its edges."""
+        overlay = file.overlay
+        end = offset + len(data)
+        if overlay is None or not (offset | end) % BLOCK_SIZE:
+            return offset, data
+        skip, rest = offset % BLOCK_SIZE, end % BLOCK_SIZE
+        first, last = offset // BLOCK_SIZE, (end - 1) // BLOCK_SIZE
+        before: Buffer = b""
+        after: Buffer = b""
+        if skip and overlay.sources[first]:
+            before = self._reader.read_blocks(entry, first, 1)[0][:skip]
+        if rest and overlay.sources[last]:
+            after = self._reader.read_blocks(entry, last, 1)[0][rest:]
+        return offset - len(before), b"".join((before, data, after))
 
     def _begin(self, entry: StoredObject, file: OpenFile) -> OpenFile:
         """Make an entry unclean; give its open file, which a thread may have closed until now."""
@@ -191,6 +281,8 @@ class Writer:
         count = len(new)
         old = SUMS[count].unpack_from(file.table, first * 8)
         grown = old.count(0)
+        if file.overlay is not None:
+            grown += _inherited(file.overlay, first, count)
         empty = new.count(0)
         if grown and empty < count:
             self._space.take(grown * BLOCK_SIZE)
@@ -206,6 +298,8 @@ class Writer:
                 if done != length:
                     write_all(self._disk, file.fd, memoryview(data)[done:], offset + done)
             SUMS[count].pack_into(file.table, first * 8, *new)
+            if file.overlay is not None:
+                file.overlay.own(first, new)
             # Version and data change within one window of the sequence: an export in a thread
             # must never pair the one with the other's past.
             entry.version = version
@@ -261,8 +355,11 @@ class Writer:
         self._catalog.add(entry)
         return entry
 
-    def _void(self, entry: StoredObject, version: int) -> OpenFile:
-        """Make an object read as zeros, whatever it held; give its open file."""
+    def void(self, entry: StoredObject, version: int, copy: Copy | None) -> OpenFile:
+        """Make an object read as zeros, or as a copy, whatever it held; give its open file.
+
+        Who inherited from it has been given its own blocks before.
+        """
         self._tracker.changing(entry)
         file = entry.file
         if file is None:
@@ -277,7 +374,17 @@ class Writer:
         try:
             self._disk.truncate(file.fd, 0)
             file.table[:] = EMPTY_TABLE
+            file.overlay = None
             self._catalog.grow(entry, -entry.blocks)
+            if copy is not None:
+                for number, block in copy.own:
+                    write_all(self._disk, file.fd, block, number * BLOCK_SIZE)
+                self._catalog.grow(entry, len(copy.own))
+                file.table[:] = copy.table
+                file.overlay = copy.overlay
+            bases = () if file.overlay is None else tuple(file.overlay.bases)
+            if bases or entry.bases:
+                self._catalog.set_bases(entry, bases)
             entry.version = version
             entry.lineage = 0
             entry.used = True
@@ -289,6 +396,23 @@ class Writer:
         finally:
             file.sequence += 1
         return file
+
+    def inherit(self, oid: int, pool: int, pg: int, copy: Copy) -> None:
+        """See ObjectStore.inherit."""
+        self._health.check()
+        self._space.check(META_SIZE + len(copy.own) * BLOCK_SIZE)
+        entry = self._catalog.objects.get(oid)
+        if entry is not None:
+            raise UsageError(f"object {format_oid(oid)} is there already")
+        if oid not in self._marks.marked:
+            raise RetryableError(f"object {format_oid(oid)} is not marked as dirty")
+        entry = self.make(oid, pool, pg)
+        try:
+            self.void(entry, 0, copy)
+        except NoSpaceError:
+            if self._health.failed is None:
+                self.delete(oid)
+            raise
 
     def _punch_blocks(
         self, file: OpenFile, first: int, old: Sequence[int], new: Sequence[int]
@@ -315,6 +439,11 @@ class Writer:
         """Give the error for a change that failed half-way: only peers know the object now."""
         entry.state = SUSPECT
         return self._refused(error, f"write to {format_oid(entry.oid)}")
+
+
+def _inherited(overlay: Overlay, first: int, count: int) -> int:
+    """Count the blocks of a range that lie in other objects."""
+    return count - overlay.sources.count(0, first, first + count)
 
 
 def make_directories(disk: Disk, pool: int, pg: int) -> list[str]:

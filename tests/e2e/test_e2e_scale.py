@@ -74,7 +74,9 @@ async def add_vdis(etcd: str, cluster: str) -> None:
             changes: list[Put | Delete] = []
             for number in range(first, first + PER_TRANSACTION):
                 vdi, name = FIRST_ID + number, f"many{number}.raw"
-                record = VdiRecord(vdi, 1 << 30, 3, vdi, created=1.0, modified=1.0)
+                record = VdiRecord(
+                    vdi, 1 << 30, 3, vdi, map=vdi, family=vdi, created=1.0, modified=1.0
+                )
                 changes.append(Put(keys.vdi(name), record.encode()))
                 changes.append(Put(keys.vdi_name(vdi), NameRecord(name).encode()))
             assert await store.commit(Transaction([], changes)) is not None

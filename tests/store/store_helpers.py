@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from storaged.store.disk import Disk
+from storaged.store.level import Patch, make_patch
 from storaged.store.objects import ObjectStore
 
 CLUSTER = "c0ffee"
@@ -39,6 +40,22 @@ def get(store: ObjectStore, oid: int, offset: int = 0, length: int = 4 << 20) ->
 
 def flush(store: ObjectStore, layer: int | None = None) -> None:
     job = store.begin_flush(layer)
-    if job is not None:
+    while job is not None:
         job.run()
-        store.end_flush(job)
+        job = store.end_flush(job)
+
+
+def copy(store: ObjectStore, base: int, oid: int, offset: int = 0, data: bytes = b"") -> int:
+    """Mark an object, make it a copy of another and write to it; give the version."""
+    return put(store, oid, offset, data, create=True, pg=base % 4, base=base)
+
+
+def level(store: ObjectStore, source: int, target: int, version: int, pg: int = 0) -> Patch:
+    """Make one object equal to another of the same store, as if that were a peer's."""
+    digests = store.digests(target)
+    found = store.difference(source, digests)
+    data = b"".join(found.blocks)
+    patch = make_patch(digests, version, found.lineage, found.differs, found.zero, data)
+    store.mark([target])
+    store.patch(target, patch, pool=3, pg=pg)
+    return patch

@@ -15,7 +15,6 @@ from sheepfs.core.errors import (
     NoSpaceError,
     ObjectNotFoundError,
     RecoveringError,
-    SheepError,
 )
 from sheepfs.core.geometry import data_object
 from storaged.store.objects import ObjectStore
@@ -62,8 +61,6 @@ def test_the_reserve_is_kept_and_discard_and_delete_still_work(disk: FaultyDisk)
         put(store, A, (4 << 20) - 4096, b"x")
     with pytest.raises(NoSpaceError):
         put(store, data_object(1, 1), 0, b"x" * 8192, create=True)
-    with pytest.raises(NoSpaceError):
-        store.install(B, 1, 0, b"\xff" * 128, _DATA * 4, pool=3, pg=0)
     assert get(store, A) == held
     assert store.get(A).version == version  # type: ignore[union-attr]
     assert get(store, B, 0, 5) == b"small"
@@ -132,8 +129,11 @@ def _every_call(store: ObjectStore) -> list[Callable[[], object]]:
         lambda: store.punch(A, 0, 1, 9),
         lambda: store.delete(A),
         lambda: store.mark([B]),
-        lambda: store.install(B, 1, 0, bytes(128), b"", pool=3, pg=0),
-        lambda: store.export(A),
+        lambda: store.write(B, 0, b"x", 9, create=True, pool=3, pg=0, base=A),
+        lambda: store.punch(B, 0, 1, 9, pool=3, pg=0, base=A),
+        lambda: store.unshare(B, A),
+        lambda: store.sums(A),
+        lambda: store.layout(A),
         lambda: store.extents(A),
         lambda: store.verify(A),
         lambda: store.quarantine(A),
@@ -180,7 +180,7 @@ def test_a_failed_change_is_final(disk: FaultyDisk, fault: str) -> None:
         "punch": lambda: store.punch(A, 0, 4096, 9),
         "truncate": lambda: put(store, A, 0, b"y", create=True),
         "unlink": lambda: store.delete(A),
-        "rename": lambda: store.install(A, 1, 0, bytes(128), b"", pool=3, pg=0),
+        "rename": lambda: store.quarantine(A),
     }
     store = open_store(disk)
     put(store, A, 0, b"x", create=True)
@@ -297,14 +297,6 @@ def test_more_objects_than_may_be_open_are_written_and_kept(disk: FaultyDisk) ->
         assert get(store, oid, i, 1) == b"2"
 
 
-def test_an_export_works_when_hardly_any_file_may_be_open(disk: FaultyDisk) -> None:
-    store = open_store(disk, max_open=1)
-    for oid in _MANY[:6]:
-        put(store, oid, 0, b"x", create=True)
-    for oid in _MANY[:6]:
-        assert store.export(oid)[2][0][:2] == b"x\0"
-
-
 def test_evicting_unflushed_files_syncs_them_first(disk: FaultyDisk) -> None:
     store = open_store(disk, max_open=2)
     for oid in _MANY[:4]:
@@ -339,24 +331,6 @@ def test_a_deleted_dirty_object_stays_marked_until_the_next_flush(disk: FaultyDi
 
 
 # --- power ---
-
-
-def test_an_install_is_whole_or_absent_after_a_power_cut() -> None:
-    outcomes = set()
-    for seed in range(40):
-        disk = FaultyDisk()
-        store = open_store(disk)
-        store.install(A, 1, 0, b"\1" + bytes(127), _DATA[:4096], pool=3, pg=0)
-        disk.faults["fsync_dir"] = errno.EIO
-        with pytest.raises(SheepError):
-            store.install(A, 2, 0, b"\3" + bytes(127), _DATA[:8192], pool=3, pg=0)
-        disk.faults.clear()
-        disk.power_cut(random.Random(seed))
-        store = open_store(disk)
-        version = store.get(A).version  # type: ignore[union-attr]
-        outcomes.add(version)
-        assert get(store, A, 0, 8192) == _DATA[: 4096 * version].ljust(8192, b"\0")
-    assert outcomes == {1, 2}
 
 
 def test_a_power_cut_while_a_store_is_made_leaves_one_that_can_be_made() -> None:

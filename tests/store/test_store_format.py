@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from sheepfs.core.errors import CorruptError
-from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT
+from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, MAX_LAYER
 from storaged.store.format import (
     META_OFFSET,
     META_SIZE,
@@ -19,11 +19,14 @@ from storaged.store.format import (
     TABLE_SIZE,
     ZERO_BLOCK,
     Header,
+    Sources,
+    SourcesLostError,
     bitmap_of,
     block_sum,
     block_sums,
     blocks_in,
     cluster_hash,
+    decode_header,
     decode_meta,
     encode_meta,
     mismatches,
@@ -41,7 +44,7 @@ _HEADER = Header(
 )
 _GOLDEN = (
     "53484545504f424a"  # magic
-    "01000000"  # format
+    "02000000"  # format
     "00000000"  # flags
     "0300000007000080"  # oid
     "0200000001000000"  # version
@@ -75,13 +78,78 @@ def test_golden_bytes_of_the_header() -> None:
 
 def test_golden_header_has_the_golden_checksum() -> None:
     assert xxh3_64_intdigest(b"c0ffee") == 0x915D4EB7A9DCA8E6
-    assert encode_meta(_HEADER, _table())[56:72].hex() == "2920ff145afa5aafcbf5678c6b99e071"
+    assert encode_meta(_HEADER, _table())[56:72].hex() == "2920ff145afa5aaf493bdd2aa2d95988"
 
 
 def test_a_header_survives_encoding() -> None:
-    header, table = decode_meta(_HEADER.oid, _HEADER.cluster, encode_meta(_HEADER, _table()))
+    meta = encode_meta(_HEADER, _table())
+    header, table, sources = decode_meta(_HEADER.oid, _HEADER.cluster, meta)
     assert header == _HEADER
     assert table == _table()
+    assert sources is None
+
+
+_SOURCES = Sources(bytes([2, 1, 0, 3]) + bytes(1019) + b"\1", (0x207, 0x40F, MAX_LAYER))
+
+
+def test_golden_bytes_of_an_overlay() -> None:
+    meta = encode_meta(_HEADER, _table(), _SOURCES)
+    assert meta[:44].hex() == _GOLDEN[:88]
+    assert meta[44:48].hex() == "03000000", "number of bases"
+    assert meta[72:512] == bytes(440)
+    assert meta[512:1016].hex() == "02010003" + "00" * 500
+    assert meta[1536:1560].hex() == ("00" * 15 + "01" + "0702000000000000"), (
+        "the last source bytes, then the layers"
+    )
+    assert meta[1560:1576].hex() == "0f04000000000000" + "ffffffff07000000"
+    assert meta[1576:2040] == bytes(464)
+    for number in range(1, 8):
+        sector = meta[512 * number : 512 * (number + 1)]
+        own = xxh3_64_intdigest(sector[:504], _HEADER.oid + number)
+        assert sector[504:] == own.to_bytes(8, "little")
+    assert meta[4096:] == _table()
+    found = decode_meta(_HEADER.oid, _HEADER.cluster, meta)
+    assert found == (_HEADER, bytearray(_table()), _SOURCES)
+
+
+def test_the_most_bases_fit() -> None:
+    sources = Sources(bytes(i % 256 for i in range(1024)), tuple(range(1, 256)))
+    meta = encode_meta(_HEADER, _table(), sources)
+    assert len(meta) == META_SIZE
+    assert decode_meta(_HEADER.oid, _HEADER.cluster, meta)[2] == sources
+
+
+@given(st.integers(0, META_SIZE - 1), st.integers(1, 255))
+def test_a_changed_byte_of_an_overlay_is_found_out(position: int, flip: int) -> None:
+    meta = bytearray(encode_meta(_HEADER, _table(), _SOURCES))
+    meta[position] ^= flip
+    if 72 <= position < 512:
+        return
+    with pytest.raises(CorruptError):
+        decode_meta(_HEADER.oid, _HEADER.cluster, meta)
+
+
+@given(st.sets(st.integers(0, 7)))
+def test_any_mix_of_old_and_new_sectors_tells_where_the_blocks_lie(new: set[int]) -> None:
+    before = encode_meta(_HEADER, _table(), _SOURCES)
+    later = Sources(bytes(504) + _SOURCES.sources[504:], _SOURCES.layers)
+    after = encode_meta(_HEADER._replace(version=9, blocks=4), _table(), later)
+    plain = encode_meta(_HEADER._replace(version=10), _table())
+    for old, current in ((before, after), (after, plain)):
+        mixed = b"".join((current if i in new else old)[512 * i : 512 * (i + 1)] for i in range(8))
+        header, sources, _ = decode_header(_HEADER.oid, _HEADER.cluster, mixed + _table())
+        assert header.version in (_HEADER.version, 9, 10)
+        if sources is not None:
+            sides = (decode_meta(_HEADER.oid, _HEADER.cluster, m)[2] for m in (old, current))
+            allowed = [s.sources if s else bytes(1024) for s in sides]
+            assert all(byte in (a[i] for a in allowed) for i, byte in enumerate(sources.sources))
+
+
+def test_a_source_that_is_no_base_is_refused() -> None:
+    sources = Sources(b"\4" + bytes(1023), (5, 6, 7))
+    meta = encode_meta(_HEADER, _table(), sources)
+    with pytest.raises(SourcesLostError):
+        decode_meta(_HEADER.oid, _HEADER.cluster, meta)
 
 
 @given(st.integers(0, META_SIZE - 1), st.integers(1, 255))
@@ -107,9 +175,9 @@ def test_another_objects_or_clusters_header_is_refused() -> None:
 
 def test_a_newer_format_is_refused() -> None:
     meta = bytearray(encode_meta(_HEADER, _table()))
-    meta[8] = 2
+    meta[8] = 3
     meta[64:72] = xxh3_64_intdigest(meta[:64]).to_bytes(8, "little")
-    with pytest.raises(CorruptError, match="too new"):
+    with pytest.raises(CorruptError, match="not known"):
         decode_meta(_HEADER.oid, _HEADER.cluster, meta)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from store_helpers import CLUSTER, flush, get, put
+from store_helpers import CLUSTER, flush, get, level, put
 
 from sheepfs.core.errors import (
     CorruptError,
@@ -115,7 +115,7 @@ def test_writing_to_an_absent_object_is_refused(store: ObjectStore) -> None:
         lambda: store.write(A, 0, b"x", 1),
         lambda: store.punch(A, 0, 1, 1),
         lambda: store.read(A, 0, 1, wait=True),
-        lambda: store.export(A),
+        lambda: store.sums(A),
         lambda: store.launder(A, 1),
     ):
         with pytest.raises(ObjectNotFoundError):
@@ -207,34 +207,15 @@ def test_delete_removes_the_object_and_twice_is_no_error(store: ObjectStore) -> 
 # --- whole objects ---
 
 
-def test_an_exported_object_installs_as_the_same(store: ObjectStore) -> None:
+def test_a_levelled_object_is_the_same(store: ObjectStore) -> None:
     put(store, A, 9000, _DATA[:300_000], create=True)
     version = put(store, A, OBJECT_SIZE - 10, b"0123456789")
-    info, bitmap, pieces = store.export(A)
-    assert info.version == version
-    store.install(B, version, 4, bitmap, b"".join(pieces), pool=3, pg=9)
+    put(store, B, 4096, _DATA[:300_000], create=True, pg=2)
+    level(store, A, B, version, pg=2)
     assert get(store, B) == get(store, A)
-    assert store.export(B)[1:] == (bitmap, pieces)
-    assert store.list(3, 9) == [(B, version, 4, False, info.allocated)]
-
-
-def test_install_replaces_what_was_there(store: ObjectStore) -> None:
-    put(store, A, 0, _DATA, create=True)
-    bitmap = bytes([2]) + bytes(127)
-    store.install(A, 50, 0, bitmap, _DATA[:4096], pool=3, pg=A % 4)
-    assert get(store, A) == bytes(4096) + _DATA[:4096] + bytes(OBJECT_SIZE - 8192)
-    put(store, A, 4096, b"more")
-    flush(store)
-    assert store.begin_flush(None) is None
-    assert get(store, A, 4096, 5) == b"more" + _DATA[4:5]
-
-
-def test_install_refuses_data_that_does_not_fit_the_bitmap(store: ObjectStore) -> None:
-    with pytest.raises(UsageError):
-        store.install(A, 1, 0, bytes(128), bytes(4096), pool=3, pg=0)
-    with pytest.raises(UsageError):
-        store.install(A, 1, 0, bytes(100), b"", pool=3, pg=0)
-    assert store.get(A) is None
+    assert store.sums(B) == store.sums(A)
+    assert store.verify(B) == []
+    assert store.list(3, 2) == [store.list(3, A % 4)[0]._replace(oid=B)]
 
 
 def test_a_patch_of_an_unmarked_object_changes_nothing(store: ObjectStore) -> None:
@@ -254,8 +235,9 @@ def test_a_patch_of_an_unmarked_object_changes_nothing(store: ObjectStore) -> No
 
 
 def test_quarantine_moves_the_file_away_and_keeps_it(store: ObjectStore, tmp_path: Path) -> None:
+    store.mark([A])
     for _ in range(2):
-        store.install(A, 1, 0, b"\1" + bytes(127), _DATA[:4096], pool=3, pg=0)
+        store.write(A, 0, _DATA[:4096], 1, create=True, pool=3, pg=0)
         store.quarantine(A)
     assert store.get(A) is None
     files = list((tmp_path / "quarantine").iterdir())
@@ -281,7 +263,7 @@ def test_a_flipped_byte_is_found_and_named(store: ObjectStore, tmp_path: Path) -
     with pytest.raises(CorruptError):
         store.punch(A, 5000, 10, 9)
     with pytest.raises(CorruptError):
-        store.export(A)
+        store.difference(A, bytes(8192))
     put(store, A, 4096, _DATA[4096:8192])
     assert get(store, A, 0, 40_960) == _DATA[:40_960]
 
@@ -392,7 +374,8 @@ def test_after_a_kill_the_marked_objects_are_suspects(tmp_path: Path) -> None:
         lambda: get(store, B, 0, 1),
         lambda: put(store, B, 0, b"x"),
         lambda: store.punch(B, 0, 1, 9),
-        lambda: store.export(B),
+        lambda: store.difference(B, bytes(8192)),
+        lambda: store.layout(B),
         lambda: store.extents(B),
     ):
         with pytest.raises(RecoveringError):
@@ -443,7 +426,7 @@ def test_a_suspect_without_a_header_has_version_zero(tmp_path: Path) -> None:
     store.close()
 
 
-def test_suspects_are_resolved_by_install_create_and_clear(tmp_path: Path) -> None:
+def test_suspects_are_resolved_by_patch_create_and_clear(tmp_path: Path) -> None:
     store = _open(tmp_path, create=True)
     oids = [data_object(1, i) for i in range(3)]
     for oid in oids:
@@ -452,11 +435,12 @@ def test_suspects_are_resolved_by_install_create_and_clear(tmp_path: Path) -> No
     store.close(clean=False)
     store = _open(tmp_path)
     assert sorted(store.suspects()) == oids
-    store.install(oids[0], 9, 0, bytes(128), b"", pool=3, pg=0)
+    put(store, A, 0, b"peer", create=True)
+    level(store, A, oids[0], 9)
     put(store, oids[1], 0, b"new", create=True)
     store.clear_suspect(oids[2])
     assert store.suspects() == []
-    assert [get(store, oid, 0, 4) for oid in oids] == [bytes(4), b"new\0", b"data"]
+    assert [get(store, oid, 0, 4) for oid in oids] == [b"peer", b"new\0", b"data"]
     store.close()
 
 
@@ -529,12 +513,15 @@ def test_a_half_made_store_is_made_anew(tmp_path: Path) -> None:
     _open(tmp_path, create=True).close()
 
 
-def test_a_newer_format_or_damaged_superblock_is_refused(tmp_path: Path) -> None:
+def test_another_format_or_damaged_superblock_is_refused(tmp_path: Path) -> None:
     _open(tmp_path, create=True).close()
     path = tmp_path / "sheepfs.json"
     text = path.read_text()
-    path.write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(WrongClusterError, match="format 2"):
+    path.write_text(text.replace('"format": 2', '"format": 3'))
+    with pytest.raises(WrongClusterError, match="format 3"):
+        _open(tmp_path)
+    path.write_text(text.replace('"format": 2', '"format": 1'))
+    with pytest.raises(WrongClusterError, match="never released"):
         _open(tmp_path)
     path.write_text(text.replace('"node": null', '"node": 5'))
     with pytest.raises(CorruptError):
@@ -552,7 +539,7 @@ def test_two_daemons_cannot_share_a_directory(store: ObjectStore, tmp_path: Path
 # --- threads ---
 
 
-def test_threads_read_and_export_beside_a_writer(store: ObjectStore) -> None:
+def test_threads_read_and_compare_beside_a_writer(store: ObjectStore) -> None:
     """Each content is one repeated byte, and version n holds byte n % 251."""
     store.mark([A])
     store.write(A, 0, bytes([1]) * 65_536, 1, create=True, pool=3, pg=0)
@@ -560,13 +547,13 @@ def test_threads_read_and_export_beside_a_writer(store: ObjectStore) -> None:
     errors: list[BaseException] = []
     rounds = [0]
 
-    def work(export: bool) -> None:
+    def work(compare: bool) -> None:
         try:
             while not stop.is_set():
                 try:
-                    if export:
-                        info, _, pieces = store.export(A)
-                        assert set(b"".join(pieces)) == {info.version % 251}
+                    if compare:
+                        found = store.difference(A, bytes(8192))
+                        assert set(b"".join(found.blocks)) == {found.version % 251}
                     else:
                         get(store, A, 4096, 20_000)
                 except RetryableError:
@@ -575,7 +562,7 @@ def test_threads_read_and_export_beside_a_writer(store: ObjectStore) -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(export,)) for export in (True, False)]
+    threads = [threading.Thread(target=work, args=(compare,)) for compare in (True, False)]
     for thread in threads:
         thread.start()
     version = 1

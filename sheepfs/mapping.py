@@ -1,0 +1,158 @@
+"""Operations on the whole map of an attached VDI: sharing, taking over, writing anew.
+
+Always holds:
+- Only entries of frozen layers come in; what they replace is let go after the map is stored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from sheepfs.callbacks import Completed, completion
+from sheepfs.core.errors import FencedError
+from sheepfs.core.geometry import MAP_ENTRIES_PER_BLOCK, OBJECT_SIZE, data_object
+from sheepfs.core.wire import Op
+from sheepfs.net.groups import plain_errors
+from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
+from sheepfs.writing import GATE_POLL_S, MapWriter
+
+PARALLEL_COPIES = 8
+
+
+class MapOwner(MapWriter):
+    """A map that takes entries of others."""
+
+    _capturing: trio.Lock
+    """Held by whoever works on the whole map."""
+
+    async def rewrite(
+        self, chosen: Callable[[int], bool], progress: Callable[[int, int], None]
+    ) -> None:
+        """Copy to the open layer every object whose layer is chosen.
+
+        Args:
+            progress: told (objects done, objects in all) now and then.
+
+        Raises:
+            OperationError: an object could not be copied; those copied before stay so.
+        """
+        indexes = await self._owned_by(chosen)
+        queue = iter(indexes)
+        done = 0
+
+        async def worker() -> None:
+            nonlocal done
+            for index in queue:
+                while not self._direct:
+                    await self._attach()
+                    await trio.sleep(GATE_POLL_S)
+                self._passing += 1
+                try:
+                    await completion(partial(self._copy_up, index))
+                finally:
+                    self._passing -= 1
+                done += 1
+                progress(done, len(indexes))
+
+        with plain_errors():
+            async with trio.open_nursery() as nursery:
+                for _ in range(PARALLEL_COPIES):
+                    nursery.start_soon(worker)
+
+    def _copy_up(self, index: int, done: Completed) -> None:
+        layer = self._map.get(index)
+        if not layer or layer == self.open_layer:
+            done(0)
+        elif not self._copying(index, lambda: self._copy_up(index, done)):
+            self._copy(index, Op.WRITE, 0, 0, b"", done)
+
+    async def _owned_by(self, chosen: Callable[[int], bool]) -> list[int]:
+        await self.load_map()
+        return [
+            number * MAP_ENTRIES_PER_BLOCK + entry
+            for number, page in sorted(self._map.pages.items())
+            for entry, layer in enumerate(page)
+            if layer and chosen(layer)
+        ]
+
+    async def load_map(self) -> VdiMap:
+        """Load all pages of the map that are stored, and give it."""
+        vdi_map = self._map
+        for index in range(vdi_map.existing.bit_length()):
+            if vdi_map.existing >> index & 1:
+                first = index * PAGES_PER_OBJECT
+                for number in range(first, first + PAGES_PER_OBJECT):
+                    if number not in vdi_map.pages:
+                        await vdi_map.load(number * MAP_ENTRIES_PER_BLOCK)
+        return vdi_map
+
+    async def entries(self, first: int, last: int) -> dict[int, int]:
+        """Give index -> owning layer of [`first`, `last`), up to one that is being changed.
+
+        As it is stored, if another mount holds the VDI.
+        """
+        found: dict[int, int] = {}
+        for index in range(first, last):
+            if self._map.get(index) is None:
+                await self._map.load(index)
+        for index in range(first, last):
+            layer = self._map.get(index)
+            if layer is None or index in self._map.creating:
+                break
+            found[index] = layer
+        return found
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no byte of it was ever stored, as far as this holder knows."""
+        return not self._map.existing and not any(any(page) for page in self._map.pages.values())
+
+    async def share(self, entries: dict[int, int], size: int) -> dict[int, int]:
+        """Take over what a map of the same family names, in frozen layers; gives what was there.
+
+        Args:
+            entries: index -> layer, 0 for a hole.
+            size: the VDI has at least so many bytes afterwards.
+
+        Durability: with the next flush.
+        """
+        async with self._capturing:
+            await self._attach()
+            for index in entries:
+                if self._map.get(index) is None:
+                    await self._map.load(index)
+            if self.flusher is None:
+                raise FencedError(f"{self.name} was let go meanwhile")
+            before: dict[int, int] = {}
+            try:
+                await self.hold_changes()
+                for index, layer in entries.items():
+                    old = self._map.get(index) or 0
+                    if old == layer:
+                        continue
+                    before[index] = old
+                    self._map.replace(index, layer)
+                    self._allocated += (bool(layer) - bool(old)) * OBJECT_SIZE
+                self._size = max(self._size, size)
+                self._modified = time.time()
+            finally:
+                self.release_changes()
+            return before
+
+    async def drop(self, replaced: dict[int, int]) -> None:
+        """Let go of what `share` replaced: the map that does not name it is stored."""
+        for index, layer in replaced.items():
+            if not layer or self._copies is None or self.replicator is None:
+                continue
+            if layer != self.open_layer:
+                self._copies.copied += 1
+                continue
+            state = self.replicator.state(data_object(layer, index))
+            if not state.ready:
+                await self.replicator.open(state)
+            if self._map.get(index) != layer:
+                self._half_made(state.oid, state.version)
