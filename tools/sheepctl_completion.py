@@ -1,17 +1,32 @@
-"""Shell completion, made from the argument parser: it cannot fall behind the commands."""
+"""Shell completion, made from the argument parser: it cannot fall behind the commands.
+
+Always holds: names from the cluster are only ever data. They are never expanded by the shell while
+it looks for completions, and are quoted when they get onto the command line.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from typing import NamedTuple
 
-SHELLS = ("bash", "zsh", "fish")
+from sheepfs_tools.sheepctl_parser import ANY, SNAPSHOT, TRASH, VDI, completes
 
-_VDIS = "sheepctl vdi list --names 2>/dev/null"
+_LISTS = {
+    VDI: ("sheepctl vdi list --names",),
+    SNAPSHOT: ("sheepctl snapshot list --names",),
+    ANY: ("sheepctl vdi list --names", "sheepctl snapshot list --names"),
+    TRASH: ("sheepctl trash list --ids",),
+}
+"""What gives the names, one a line."""
 
 _BASH = """# sheepctl completion: put this into ~/.bashrc:  eval "$(sheepctl completion bash)"
 _sheepctl() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}} path= word i
+    local current path= word cut= i
+    current=${{COMP_LINE:0:COMP_POINT}}
+    current=${{current##*[[:space:]]}}
+    # bash takes vm1@daily for three words, and replaces the last one only.
+    if [[ $COMP_WORDBREAKS == *@* && $current == *@* ]]; then cut=${{current%@*}}@; fi
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${{COMP_WORDS[i]}}
         case $word in
@@ -20,66 +35,79 @@ _sheepctl() {{
         *) path="${{path:+$path }}$word" ;;
         esac
     done
-    local words=
-    case $path in
+    COMPREPLY=()
+    while IFS= read -r word; do
+        if [[ -n $word && $word == "$current"* ]]; then
+            COMPREPLY+=("$(printf %q "${{word#"$cut"}}")")
+        fi
+    done < <(
+        case $path in
 {cases}
-    esac
-    COMPREPLY=($(compgen -W "$words" -- "$current"))
+        esac
+    )
 }}
 complete -F _sheepctl sheepctl
 """
 
 
-def commands(
-    parser: argparse.ArgumentParser, path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], list[str], list[str], bool]]:
-    """Yield (path, subcommands, options, takes a VDI name) for each level of the command line."""
-    subcommands: list[str] = []
+class Level(NamedTuple):
+    """One level of the command line."""
+
+    path: tuple[str, ...]
+    words: list[str]
+    """Commands, or the choices of an argument."""
+    options: list[str]
+    lists: tuple[str, ...]
+    """Commands that list what its arguments may name."""
+
+
+def levels(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[Level]:
+    """Yield each level of the command line, the innermost first."""
+    words: list[str] = []
     options: list[str] = []
-    takes_vdi = False
+    lists: list[str] = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            subcommands += list(action.choices)
+            words += list(action.choices)
             for name, child in action.choices.items():
-                yield from commands(child, (*path, name))
+                yield from levels(child, (*path, name))
         elif action.option_strings:
             options += [text for text in action.option_strings if text.startswith("--")]
         elif action.choices:
-            subcommands += [str(choice) for choice in action.choices]
-        elif action.dest == "name" and path != ("vdi", "create"):
-            takes_vdi = True
-    yield path, subcommands, options, takes_vdi
+            words += [str(choice) for choice in action.choices]
+        else:
+            lists += [line for line in _LISTS.get(completes(action), ()) if line not in lists]
+    yield Level(path, words, options, tuple(lists))
 
 
 def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     """Give the script for a shell."""
-    levels = list(commands(parser))
     if shell == "fish":
-        return _fish(levels)
+        return _fish(list(levels(parser)))
     cases = []
-    for path, subcommands, options, takes_vdi in levels:
-        pattern = f'"{" ".join(path)}"' + ("*" if takes_vdi else "")
-        words = " ".join([*subcommands, *options]) + (f" $({_VDIS})" if takes_vdi else "")
-        cases.append(f'    {pattern}) words="{words}" ;;')
+    for path, words, options, lists in levels(parser):
+        pattern = f'"{" ".join(path)}"' + ("*" if lists else "")
+        commands = [f"printf '%s\\n' {' '.join([*words, *options])}"]
+        commands += [f"{line} 2>/dev/null" for line in lists]
+        cases.append(f"        {pattern}) {'; '.join(commands)} ;;")
     script = _BASH.format(cases="\n".join(cases))
     if shell == "zsh":
         return "autoload -Uz bashcompinit && bashcompinit\n" + script
     return script
 
 
-def _fish(levels: list[tuple[tuple[str, ...], list[str], list[str], bool]]) -> str:
+def _fish(all_levels: list[Level]) -> str:
     lines = [
         "# sheepctl completion fish > ~/.config/fish/completions/sheepctl.fish",
         "complete -c sheepctl -f",
     ]
-    for path, subcommands, options, takes_vdi in levels:
+    for path, words, options, lists in all_levels:
         conditions = [f"__fish_seen_subcommand_from {word}" for word in path]
-        if subcommands:
-            conditions.append(f"not __fish_seen_subcommand_from {' '.join(subcommands)}")
+        if words:
+            conditions.append(f"not __fish_seen_subcommand_from {' '.join(words)}")
         start = "complete -c sheepctl -n '" + ("; and ".join(conditions) or "true") + "'"
-        if subcommands:
-            lines.append(f"{start} -a '{' '.join(subcommands)}'")
+        if words:
+            lines.append(f"{start} -a '{' '.join(words)}'")
         lines += [f"{start} -l {option[2:]}" for option in options]
-        if takes_vdi:
-            lines.append(f"{start} -a '({_VDIS})'")
+        lines += [f"{start} -a '({line} 2>/dev/null)'" for line in lists]
     return "\n".join(lines) + "\n"

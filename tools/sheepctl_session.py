@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ class Options:
 
     etcd: str
     cluster: str
+
+
+def options(arguments: argparse.Namespace) -> Options:
+    """Give what every command takes from its command line."""
+    return Options(arguments.etcd, arguments.cluster)
 
 
 @dataclass(frozen=True, slots=True)

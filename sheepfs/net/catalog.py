@@ -11,6 +11,7 @@ Source: docs/etcd.md.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from sheepfs.core.errors import VdiExistsError
 from sheepfs.core.metadata import (
@@ -165,19 +166,24 @@ class Catalog(SnapshotCatalog, LayerCatalog):
     async def set_attribute(
         self, which: str | int, name: str, value: str | None
     ) -> VdiRecord | SnapshotRecord:
-        """Keep a text of the user's with a VDI or a snapshot; None removes it.
+        """Keep a text of the user's with a VDI or a snapshot; None removes it (set_attributes)."""
+        return await self.set_attributes(which, {name: value})
+
+    async def set_attributes(
+        self, which: str | int, texts: Mapping[str, str | None]
+    ) -> VdiRecord | SnapshotRecord:
+        """Keep texts of the user's with a VDI or a snapshot, all or none; None removes one.
 
         Args:
             which: A VDI's name or id, or a snapshot's file name (`vm1@daily.raw`).
 
         Raises:
             VdiNotFoundError, SnapshotNotFoundError: there is no such thing.
-            UsageError: the name is none, or all attributes together become too large.
+            UsageError: a name is none, or all attributes together become too large.
         """
 
-        def edited(attributes: dict[str, str]) -> dict[str, str]:
-            others = {key: text for key, text in attributes.items() if key != name}
-            result = others if value is None else {**others, name: value}
+        def edited(old: dict[str, str]) -> dict[str, str]:
+            result = {name: text for name, text in {**old, **texts}.items() if text is not None}
             check_attributes(result)
             return result
 

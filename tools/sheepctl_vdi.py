@@ -1,4 +1,4 @@
-"""The commands of sheepctl: each does its work, prints, and gives the exit code."""
+"""The commands of `sheepctl vdi` that need only a VDI's record."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 import os
 import socket
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from sheepfs.core.errors import HeldElsewhereError, UsageError, VdiNotFoundError
+from sheepfs.core.errors import HeldElsewhereError, UsageError
 from sheepfs.core.metadata import (
     LockRecord,
     VdiRecord,
@@ -19,23 +18,18 @@ from sheepfs.core.metadata import (
     check_vdi_size,
     full_name,
 )
+from sheepfs.net.catalog import TRASH_KEEP_S
 from sheepfs_tools.sheepctl_check import Checker
-from sheepfs_tools.sheepctl_health import Health, assess
+from sheepfs_tools.sheepctl_names import find_either, find_vdi
 from sheepfs_tools.sheepctl_output import (
     moment,
     print_facts,
     print_json,
     print_table,
-    print_verdict,
     printable,
-    size_or_dash,
 )
-from sheepfs_tools.sheepctl_session import Options, Session, open_session
+from sheepfs_tools.sheepctl_session import open_session, options
 from sheepfs_tools.sizes import format_size, parse_size
-
-
-def _options(arguments: argparse.Namespace) -> Options:
-    return Options(arguments.etcd, arguments.cluster)
 
 
 def size_argument(text: str) -> int:
@@ -48,115 +42,6 @@ def size_argument(text: str) -> int:
     return size
 
 
-# -- cluster and nodes ----------------------------------------------------------------------
-
-
-async def _node_rows(session: Session) -> tuple[list[dict[str, Any]], Health, int]:
-    cluster_map = await session.cluster_map()
-    statuses = await session.statuses(cluster_map)
-    rows = []
-    for node in sorted(cluster_map.nodes.values(), key=lambda node: node.id):
-        status = statuses[node.id]
-        told = {} if isinstance(status, str) else status
-        rows.append(
-            {
-                "node": node.id,
-                "state": str(node.state),
-                "address": node.address,
-                "zone": node.zone,
-                "weight": node.weight,
-                "answers": bool(told),
-                "problem": status if isinstance(status, str) else None,
-                **{
-                    key: told.get(key)
-                    for key in (
-                        *("leader", "objects", "used", "free", "total", "joining", "suspects"),
-                        *("corrupt_blocks", "repaired_blocks", "restored_objects"),
-                        *("connections", "version"),
-                    )
-                },
-            }
-        )
-    return rows, assess(cluster_map, statuses), cluster_map.epoch
-
-
-def _print_nodes(rows: list[dict[str, Any]]) -> None:
-    columns = ("NODE", "STATE", "ADDRESS", "ZONE", ">OBJECTS", ">USED", ">FREE", ">JOINING", "")
-    print_table(
-        columns,
-        (
-            (
-                row["node"],
-                row["state"],
-                row["address"],
-                row["zone"],
-                "-" if row["objects"] is None else row["objects"],
-                size_or_dash(row["used"]),
-                size_or_dash(row["free"]),
-                "-" if row["joining"] is None else row["joining"],
-                "leader" if row["leader"] else row["problem"] or "",
-            )
-            for row in rows
-        ),
-    )
-
-
-async def cluster_status(arguments: argparse.Namespace) -> int:
-    """Show health, nodes, placement groups, counters. Exit 1 when writes are stopped."""
-    async with open_session(_options(arguments)) as session:
-        rows, health, epoch = await _node_rows(session)
-        vdis = len(await session.catalog.vdis())
-    if arguments.json:
-        content = {"cluster": arguments.cluster, "uuid": session.config.cluster, "epoch": epoch}
-        print_json({**content, **asdict(health), "vdis": vdis, "nodes": rows})
-    else:
-        print_verdict(health.verdict, health.reasons)
-        print_facts(
-            (
-                ("cluster", f"{arguments.cluster} ({session.config.cluster}), epoch {epoch}"),
-                ("VDIs", vdis),
-                (
-                    "space",
-                    f"{format_size(health.free_bytes)} free of {format_size(health.total_bytes)}"
-                    " (all copies counted)",
-                ),
-                (
-                    "blocks",
-                    f"{health.corrupt_blocks} found corrupt, {health.repaired_blocks} repaired,"
-                    f" {health.restored_objects} missing objects restored,"
-                    f" {health.suspects} objects to be compared",
-                ),
-                ("stalled", "; ".join(health.stalled) or "no volume"),
-            )
-        )
-        print()
-        if health.pools:
-            print_table(
-                ("POOL", ">GROUPS", ">WHOLE", ">DEGRADED", ">STOPPED", ">CATCHING UP"),
-                (
-                    (f"{p.copies} copies", p.groups, p.whole, p.degraded, p.stopped, p.joining)
-                    for p in health.pools
-                ),
-            )
-            print()
-        _print_nodes(rows)
-    return 1 if health.verdict == "down" else 0
-
-
-async def node_list(arguments: argparse.Namespace) -> int:
-    """Show all nodes."""
-    async with open_session(_options(arguments)) as session:
-        rows, _, _ = await _node_rows(session)
-    if arguments.json:
-        print_json(rows)
-    else:
-        _print_nodes(rows)
-    return 0
-
-
-# -- VDIs -----------------------------------------------------------------------------------
-
-
 def _facts(name: str, record: VdiRecord, holder: LockRecord | None) -> dict[str, Any]:
     facts = asdict(record)
     for internal in ("generation", "maps"):
@@ -164,23 +49,12 @@ def _facts(name: str, record: VdiRecord, holder: LockRecord | None) -> dict[str,
     return {"name": name, **facts, "held_by": holder.owner if holder else None}
 
 
-async def _find(session: Session, name: str) -> tuple[str, VdiRecord]:
-    """Find a VDI by its name, with or without `.raw` (VdiNotFoundError)."""
-    for candidate in dict.fromkeys((full_name(name), name)):
-        with suppress(VdiNotFoundError):
-            record, _ = await session.catalog.vdi(candidate)
-            return candidate, record
-    raise VdiNotFoundError(
-        f"there is no VDI {printable(full_name(name))!r}: sheepctl vdi list shows all"
-    )
-
-
 async def vdi_create(arguments: argparse.Namespace) -> int:
     """Make an empty VDI; uses no space until it is written to."""
     name, size = full_name(arguments.name), size_argument(arguments.size)
     check_vdi_name(name)
     check_copies(arguments.copies)
-    async with open_session(_options(arguments)) as session:
+    async with open_session(options(arguments)) as session:
         record = await session.catalog.create(
             name, size, arguments.copies, 0o644, os.getuid(), os.getgid()
         )
@@ -200,7 +74,7 @@ async def vdi_create(arguments: argparse.Namespace) -> int:
 
 async def vdi_list(arguments: argparse.Namespace) -> int:
     """Show all VDIs."""
-    async with open_session(_options(arguments)) as session:
+    async with open_session(options(arguments)) as session:
         holders = await session.catalog.locks()
         found = sorted(await session.catalog.vdis(), key=lambda item: item[0])
     facts = [_facts(name, record, holders.get(record.id)) for name, record, _ in found]
@@ -231,10 +105,11 @@ async def vdi_list(arguments: argparse.Namespace) -> int:
 
 async def vdi_info(arguments: argparse.Namespace) -> int:
     """Show all about one VDI."""
-    async with open_session(_options(arguments)) as session:
-        name, record = await _find(session, arguments.name)
+    async with open_session(options(arguments)) as session:
+        name, record = await find_vdi(session.catalog, arguments.name)
         holder = (await session.catalog.locks()).get(record.id)
-    facts = _facts(name, record, holder)
+        kept = await session.catalog.snapshots(record.id)
+    facts = {**_facts(name, record, holder), "snapshots": [s.tag for s in kept]}
     if arguments.json:
         print_json(facts)
         return 0
@@ -245,7 +120,8 @@ async def vdi_info(arguments: argparse.Namespace) -> int:
             ("size", f"{format_size(record.size)} ({record.size} bytes)"),
             ("allocated", f"{format_size(record.allocated)} in each copy, at the last flush"),
             ("copies", record.copies),
-            ("layer", record.layer),
+            ("layer", f"{record.layer:#x} of family {record.family:#x}, map {record.map:#x}"),
+            ("snapshots", ", ".join(s.tag for s in kept) or "none"),
             ("held by", holder.owner if holder else "nobody"),
             (
                 "last detach",
@@ -254,6 +130,7 @@ async def vdi_info(arguments: argparse.Namespace) -> int:
             ("created", moment(record.created)),
             ("modified", moment(record.modified)),
             ("mode", f"{record.mode:o} uid {record.uid} gid {record.gid}"),
+            *((f"user.{key}", value) for key, value in sorted(record.attributes.items())),
         )
     )
     return 0
@@ -264,8 +141,8 @@ async def vdi_resize(arguments: argparse.Namespace) -> int:
     from sheepfs.connecting import connect
 
     size = size_argument(arguments.size)
-    async with open_session(_options(arguments)) as session:
-        name, record = await _find(session, arguments.name)
+    async with open_session(options(arguments)) as session:
+        name, record = await find_vdi(session.catalog, arguments.name)
         holder = (await session.catalog.locks()).get(record.id)
     if holder is not None:
         raise HeldElsewhereError(
@@ -295,8 +172,8 @@ async def vdi_rename(arguments: argparse.Namespace) -> int:
     """Rename a VDI; an existing one is never replaced."""
     new = full_name(arguments.new)
     check_vdi_name(new)
-    async with open_session(_options(arguments)) as session:
-        old, _ = await _find(session, arguments.name)
+    async with open_session(options(arguments)) as session:
+        old, _ = await find_vdi(session.catalog, arguments.name)
         await session.catalog.rename(old, new, False)
     if arguments.json:
         print_json({"name": new, "old_name": old})
@@ -306,17 +183,64 @@ async def vdi_rename(arguments: argparse.Namespace) -> int:
 
 
 async def vdi_delete(arguments: argparse.Namespace) -> int:
-    """Delete VDIs; one in use is refused."""
+    """Delete VDIs; one in use is refused. Nothing is deleted when one of them is not there."""
     deleted = []
-    async with open_session(_options(arguments)) as session:
-        for wanted in arguments.name:
-            name, _ = await _find(session, wanted)
-            await session.catalog.delete(name)
-            deleted.append(name)
-            if not arguments.json:
-                print(f"Deleted {printable(name)}")
+    async with open_session(options(arguments)) as session:
+        found = [await find_vdi(session.catalog, wanted) for wanted in arguments.name]
+        for name, record in found:
+            await session.catalog.delete(name, keep_s=0 if arguments.now else TRASH_KEEP_S)
+            kept = await session.catalog.snapshots(record.id)
+            deleted.append({"name": name, "id": record.id, "snapshots": [s.file for s in kept]})
+            if arguments.json:
+                continue
+            if arguments.now:
+                print(f"Deleted {printable(name)}; its space is being freed")
+            else:
+                print(
+                    f"Deleted {printable(name)}: sheepctl trash restore {record.id} brings it back"
+                )
+            if kept:
+                print(
+                    f"  {len(kept)} snapshots of it stay, and keep its name: sheepctl snapshot list"
+                )
     if arguments.json:
-        print_json({"deleted": deleted})
+        print_json({"deleted": deleted, "kept_s": 0 if arguments.now else TRASH_KEEP_S})
+    return 0
+
+
+def _pair(text: str) -> tuple[str, str | None]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"{text!r}: write KEY=VALUE to set, KEY= to remove")
+    return name, value or None
+
+
+async def vdi_set(arguments: argparse.Namespace) -> int:
+    """Keep texts of one's own with a VDI or a snapshot; all or none of them."""
+    changes = dict(_pair(text) for text in arguments.pair)
+    async with open_session(options(arguments)) as session:
+        name, _ = await find_either(session.catalog, arguments.name)
+        record = await session.catalog.set_attributes(name, changes)
+    if arguments.json:
+        print_json({"name": name, "attributes": record.attributes})
+    return 0
+
+
+async def vdi_get(arguments: argparse.Namespace) -> int:
+    """Show what is kept with a VDI or a snapshot. Exit 1 when KEY is not."""
+    async with open_session(options(arguments)) as session:
+        name, record = await find_either(session.catalog, arguments.name)
+    attributes = record.attributes
+    if arguments.key is not None and arguments.key not in attributes:
+        print(f"sheepctl: {printable(name)} has no {arguments.key!r}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print_json(attributes if arguments.key is None else attributes[arguments.key])
+    elif arguments.key is not None:
+        print(printable(attributes[arguments.key]))
+    else:
+        for key, value in sorted(attributes.items()):
+            print(f"{printable(key)}={printable(value)}")
     return 0
 
 
@@ -324,8 +248,8 @@ async def vdi_unlock(arguments: argparse.Namespace) -> int:
     """Take a VDI from its holder at once: fence it at every node, then remove its lock."""
     from sheepfs_tools.sheepctl_unlock import unlock
 
-    async with open_session(_options(arguments)) as session:
-        name, record = await _find(session, arguments.name)
+    async with open_session(options(arguments)) as session:
+        name, record = await find_vdi(session.catalog, arguments.name)
         holder = (await session.catalog.locks()).get(record.id)
         if holder is not None and not arguments.force:
             raise UsageError(
@@ -346,8 +270,8 @@ async def vdi_unlock(arguments: argparse.Namespace) -> int:
 
 async def vdi_check(arguments: argparse.Namespace) -> int:
     """Compare all replicas of a VDI. Exit 1 when they differ or cannot all be asked."""
-    async with open_session(_options(arguments)) as session:
-        name, record = await _find(session, arguments.name)
+    async with open_session(options(arguments)) as session:
+        name, record = await find_vdi(session.catalog, arguments.name)
         report = await Checker(session, record, arguments.deep).run()
     if arguments.json:
         print_json({"name": name, "agree": report.agree, **asdict(report)})

@@ -1,0 +1,252 @@
+"""Commands that change records: what they do, print, and how they end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import trio
+
+from fakes.etcd import FakeEtcd, FakeServer
+from fakes.snapshot_taker import KEYS, put, take_snapshot
+from sheepfs.core.metadata import ClusterConfig, LockRecord
+from sheepfs.net.catalog import Catalog
+from sheepfs_tools import sheepctl_session
+from sheepfs_tools.sheepctl import main
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Bench:
+    """sheepctl on an etcd in memory."""
+
+    def __init__(self, server: FakeServer, read: Callable[[], Any]) -> None:
+        self.server = server
+        self._read = read
+
+    def __call__(self, line: str, *more: str) -> Done:
+        self._read()
+        code = main(["--cluster", "test", *line.split(), *more])
+        out, err = self._read()
+        return Done(code, out, err)
+
+    def good(self, line: str, *more: str) -> Done:
+        done = self(line, *more)
+        assert done.code == 0, done.err
+        assert done.err == "" or "note:" in done.err
+        return done
+
+    def bad(self, code: int, line: str, *more: str) -> str:
+        """Fail with a code and one line; gives the line."""
+        done = self(line, *more)
+        assert done.code == code, done
+        assert done.out == ""
+        assert done.err.count("\n") == 1
+        return done.err
+
+    def snapshot(self, vdi_name: str, tag: str) -> int:
+        async def take() -> int:
+            etcd = FakeEtcd(self.server)
+            return (await take_snapshot(Catalog(etcd, KEYS), etcd, vdi_name, tag)).id
+
+        return trio.run(take)
+
+    def put(self, key: str, value: bytes) -> None:
+        trio.run(put, FakeEtcd(self.server), key, value)
+
+
+@pytest.fixture
+def sheepctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    server = FakeServer()
+    monkeypatch.setattr(sheepctl_session, "Etcd", lambda _endpoint: FakeEtcd(server))
+    bench = Bench(server, capsys.readouterr)
+    bench.put(KEYS.config, ClusterConfig("ab" * 16).encode())
+    return bench
+
+
+@pytest.fixture
+def vm1(sheepctl: Bench) -> int:
+    """A VDI with two snapshots; gives its id."""
+    made = sheepctl.good("vdi create vm1 1G --json").json
+    sheepctl.snapshot("vm1.raw", "daily")
+    sheepctl.snapshot("vm1.raw", "weekly")
+    return int(made["id"])
+
+
+def names(sheepctl: Bench, area: str) -> list[str]:
+    return sheepctl.good(f"{area} list --names").out.split()
+
+
+def test_deleted_vdi_comes_back_from_the_trash(sheepctl: Bench) -> None:
+    number = sheepctl.good("vdi create vm1 1G --json").json["id"]
+    assert f"sheepctl trash restore {number}" in sheepctl.good("vdi delete vm1").out
+    assert names(sheepctl, "vdi") == []
+    (item,) = sheepctl.good("trash list --json").json
+    assert (item["id"], item["name"], item["kind"]) == (number, "vm1.raw", "vdi")
+    assert item["until"] == item["deleted"] + 3600
+    assert "vm1.raw" in sheepctl.good("trash list").out
+    assert sheepctl.good("trash list --ids").out == f"{number}\n"
+    assert sheepctl.good(f"trash restore {number} --name web").out == "web.raw is back\n"
+    assert names(sheepctl, "vdi") == ["web.raw"]
+    assert sheepctl.good("trash list").out == "The trash is empty\n"
+
+
+def test_vdi_deleted_at_once_is_not_in_the_trash(sheepctl: Bench) -> None:
+    sheepctl.good("vdi create vm1 1G")
+    deleted = sheepctl.good("vdi delete vm1 --now --json").json
+    assert deleted["kept_s"] == 0
+    assert sheepctl.good("trash list --json").json == []
+
+
+def test_nothing_is_deleted_when_one_name_is_wrong(sheepctl: Bench, vm1: int) -> None:
+    assert "vm2" in sheepctl.bad(1, "vdi delete vm1 vm2")
+    assert "vm1@no" in sheepctl.bad(1, "snapshot delete vm1@daily vm1@no")
+    assert names(sheepctl, "vdi") == ["vm1.raw"]
+    assert names(sheepctl, "snapshot") == ["vm1@daily.raw", "vm1@weekly.raw"]
+
+
+def test_held_vdi_is_not_deleted(sheepctl: Bench, vm1: int) -> None:
+    sheepctl.put(KEYS.lock(vm1), LockRecord(vm1, 1, "host1:1:/mnt").encode())
+    assert "host1:1:/mnt" in sheepctl.bad(1, "vdi delete vm1")
+
+
+def test_snapshots_of_a_deleted_vdi_stay_and_keep_its_name(sheepctl: Bench, vm1: int) -> None:
+    assert "2 snapshots of it stay" in sheepctl.good("vdi delete vm1").out
+    assert "VDI deleted" in sheepctl.good("snapshot list vm1").out
+    assert sheepctl.good("snapshot list --json").json[0]["vdi_deleted"] is True
+    assert "sheepctl snapshot list vm1.raw" in sheepctl.bad(1, "vdi create vm1 1G")
+    assert "(deleted)" in sheepctl.good("snapshot info vm1@daily").out
+    sheepctl.good("snapshot delete vm1@daily vm1@weekly --now")
+    sheepctl.good("vdi create vm1 1G")
+
+
+@pytest.mark.parametrize("name", ["vm1@daily", "vm1.raw@daily", "vm1@daily.raw"])
+def test_snapshot_has_three_names(sheepctl: Bench, vm1: int, name: str) -> None:
+    told = sheepctl.good(f"snapshot info {name} --json").json
+    assert (told["name"], told["vdi"], told["tag"]) == ("vm1@daily.raw", "vm1.raw", "daily")
+    assert "vm1@daily.raw" in sheepctl.good(f"snapshot info {name}").out
+    sheepctl.good(f"snapshot delete {name}")
+    assert names(sheepctl, "snapshot") == ["vm1@weekly.raw"]
+
+
+def test_snapshots_are_listed_for_one_vdi_or_all(sheepctl: Bench, vm1: int) -> None:
+    sheepctl.good("vdi create other 1G")
+    assert "vm1@daily.raw" in sheepctl.good("snapshot list").out
+    assert "No snapshots yet" in sheepctl.good("snapshot list other").out
+    assert sheepctl.good("snapshot list other --json").json == []
+    assert len(sheepctl.good("snapshot list vm1 --json").json) == 2
+    assert "no.raw" in sheepctl.bad(1, "snapshot list no")
+
+
+def test_snapshot_is_renamed(sheepctl: Bench, vm1: int) -> None:
+    assert "vm1@monday.raw now" in sheepctl.good("snapshot rename vm1@daily monday").out
+    assert "exists" in sheepctl.bad(1, "snapshot rename vm1@monday weekly")
+    assert "tag" in sheepctl.bad(2, "snapshot rename vm1@monday a@b")
+    assert names(sheepctl, "snapshot") == ["vm1@monday.raw", "vm1@weekly.raw"]
+
+
+def test_protected_snapshot_stays(sheepctl: Bench, vm1: int) -> None:
+    assert sheepctl.good("snapshot protect vm1@daily --json").json == {
+        "protected": ["vm1@daily.raw"]
+    }
+    assert "yes" in sheepctl.good("snapshot list").out
+    assert "sheepctl snapshot unprotect" in sheepctl.bad(1, "snapshot delete vm1@daily --now")
+    sheepctl.good("snapshot unprotect vm1@daily")
+    sheepctl.good("snapshot delete vm1@daily")
+
+
+def test_tree_shows_snapshots_in_order(sheepctl: Bench, vm1: int) -> None:
+    sheepctl.good("vdi create alone 1G")
+    lines = [line.split("  2")[0] for line in sheepctl.good("snapshot tree").out.splitlines()]
+    assert [line.split("  VDI")[0].rstrip() for line in lines] == [
+        "vm1@daily.raw",
+        "└─ vm1@weekly.raw",
+        "   └─ vm1.raw",
+    ]
+    assert sheepctl.good("snapshot tree alone --json").json[0]["name"] == "alone.raw"
+    assert sheepctl.good("snapshot tree vm1 --json").json[0]["children"][0]["kind"] == "snapshot"
+
+
+def test_tree_of_nothing_says_what_to_do(sheepctl: Bench) -> None:
+    assert "sheepctl vdi snapshot" in sheepctl.good("snapshot tree").out
+
+
+def test_snapshot_comes_back_under_another_tag(sheepctl: Bench, vm1: int) -> None:
+    number = sheepctl.good("snapshot delete vm1@daily --json").json["deleted"][0]["id"]
+    sheepctl.snapshot("vm1.raw", "daily")
+    assert "--name" in sheepctl.bad(1, f"trash restore {number}")
+    assert "VDI@TAG" in sheepctl.bad(2, f"trash restore {number} --name older")
+    restored = sheepctl.good(f"trash restore {number} --name vm1@older --json").json
+    assert restored == {"id": number, "name": "vm1@older.raw"}
+
+
+def test_trash_is_named_by_id_or_by_name(sheepctl: Bench) -> None:
+    ids = []
+    for _ in range(2):
+        ids.append(sheepctl.good("vdi create vm1 1G --json").json["id"])
+        sheepctl.good("vdi delete vm1")
+    assert f"({ids[0]}, {ids[1]})" in sheepctl.bad(2, "trash restore vm1")
+    sheepctl.good(f"trash restore {ids[0]}")
+    assert "exists" in sheepctl.bad(1, "trash restore vm1")
+    sheepctl.good("trash restore vm1 --name vm2")
+    assert names(sheepctl, "vdi") == ["vm1.raw", "vm2.raw"]
+    assert "sheepctl trash list" in sheepctl.bad(1, "trash restore vm1")
+
+
+def test_purge_wants_to_be_told_what(sheepctl: Bench, vm1: int) -> None:
+    assert "--all" in sheepctl.bad(2, "trash purge")
+    assert "--all" in sheepctl.bad(2, "trash purge 3 --all")
+    sheepctl.good("snapshot delete vm1@daily vm1@weekly")
+    assert "vm1@daily.raw" in sheepctl.good("trash purge vm1@daily").out
+    (gone,) = sheepctl.good("trash purge --all --json").json["purged"]
+    assert gone["name"] == "vm1@weekly.raw"
+    assert sheepctl.good("trash purge --all").out == "The trash is empty\n"
+    sheepctl.bad(1, "trash purge 99")
+
+
+def test_texts_are_kept_with_vdis_and_snapshots(sheepctl: Bench, vm1: int) -> None:
+    sheepctl.good("vdi set vm1 owner=anna", "note=a = b")
+    assert sheepctl.good("vdi get vm1").out == "note=a = b\nowner=anna\n"
+    assert sheepctl.good("vdi get vm1 owner").out == "anna\n"
+    assert sheepctl.good("vdi get vm1 --json").json == {"note": "a = b", "owner": "anna"}
+    sheepctl.good("vdi set vm1 owner= ticket=7 --json")
+    assert sheepctl.good("vdi get vm1 --json").json == {"note": "a = b", "ticket": "7"}
+    assert "owner" in sheepctl.bad(1, "vdi get vm1 owner")
+    sheepctl.good("vdi set vm1@daily a=1")
+    assert sheepctl.good("vdi get vm1@daily.raw a --json").json == "1"
+    assert "user.a" in sheepctl.good("snapshot info vm1@daily").out
+    assert "user.note" in sheepctl.good("vdi info vm1").out
+
+
+def test_texts_that_do_not_fit_change_nothing(sheepctl: Bench, vm1: int) -> None:
+    assert "KEY=VALUE" in sheepctl.bad(2, "vdi set vm1 a=1 nonsense")
+    assert "4096" in sheepctl.bad(2, "vdi set vm1 a=1 b=" + "x" * 5000)
+    assert sheepctl.good("vdi get vm1").out == ""
+
+
+def test_snapshot_where_a_vdi_is_wanted_and_the_other_way_round(sheepctl: Bench, vm1: int) -> None:
+    assert "is a snapshot" in sheepctl.bad(2, "vdi delete vm1@daily")
+    assert "VDI@TAG" in sheepctl.bad(2, "snapshot delete vm1")
+    assert "VDI@TAG" in sheepctl.bad(2, "snapshot protect vm1")
+
+
+def test_info_of_a_vdi_tells_its_snapshots(sheepctl: Bench, vm1: int) -> None:
+    assert sheepctl.good("vdi info vm1 --json").json["snapshots"] == ["daily", "weekly"]
+    assert "daily, weekly" in sheepctl.good("vdi info vm1").out
+
+
+def test_renamed_vdi_takes_its_snapshots_along(sheepctl: Bench, vm1: int) -> None:
+    sheepctl.good("vdi rename vm1 web")
+    assert names(sheepctl, "snapshot") == ["web@daily.raw", "web@weekly.raw"]

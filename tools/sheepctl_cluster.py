@@ -1,0 +1,121 @@
+"""The commands of `sheepctl cluster` and `sheepctl node`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import Any
+
+from sheepfs_tools.sheepctl_health import Health, assess
+from sheepfs_tools.sheepctl_output import (
+    print_facts,
+    print_json,
+    print_table,
+    print_verdict,
+    size_or_dash,
+)
+from sheepfs_tools.sheepctl_session import Session, open_session, options
+from sheepfs_tools.sizes import format_size
+
+
+async def _node_rows(session: Session) -> tuple[list[dict[str, Any]], Health, int]:
+    cluster_map = await session.cluster_map()
+    statuses = await session.statuses(cluster_map)
+    rows = []
+    for node in sorted(cluster_map.nodes.values(), key=lambda node: node.id):
+        status = statuses[node.id]
+        told = {} if isinstance(status, str) else status
+        rows.append(
+            {
+                "node": node.id,
+                "state": str(node.state),
+                "address": node.address,
+                "zone": node.zone,
+                "weight": node.weight,
+                "answers": bool(told),
+                "problem": status if isinstance(status, str) else None,
+                **{
+                    key: told.get(key)
+                    for key in (
+                        *("leader", "objects", "used", "free", "total", "joining", "suspects"),
+                        *("corrupt_blocks", "repaired_blocks", "restored_objects"),
+                        *("connections", "version"),
+                    )
+                },
+            }
+        )
+    return rows, assess(cluster_map, statuses), cluster_map.epoch
+
+
+def _print_nodes(rows: list[dict[str, Any]]) -> None:
+    columns = ("NODE", "STATE", "ADDRESS", "ZONE", ">OBJECTS", ">USED", ">FREE", ">JOINING", "")
+    print_table(
+        columns,
+        (
+            (
+                row["node"],
+                row["state"],
+                row["address"],
+                row["zone"],
+                "-" if row["objects"] is None else row["objects"],
+                size_or_dash(row["used"]),
+                size_or_dash(row["free"]),
+                "-" if row["joining"] is None else row["joining"],
+                "leader" if row["leader"] else row["problem"] or "",
+            )
+            for row in rows
+        ),
+    )
+
+
+async def cluster_status(arguments: argparse.Namespace) -> int:
+    """Show health, nodes, placement groups, counters. Exit 1 when writes are stopped."""
+    async with open_session(options(arguments)) as session:
+        rows, health, epoch = await _node_rows(session)
+        vdis = len(await session.catalog.vdis())
+    if arguments.json:
+        content = {"cluster": arguments.cluster, "uuid": session.config.cluster, "epoch": epoch}
+        print_json({**content, **asdict(health), "vdis": vdis, "nodes": rows})
+    else:
+        print_verdict(health.verdict, health.reasons)
+        print_facts(
+            (
+                ("cluster", f"{arguments.cluster} ({session.config.cluster}), epoch {epoch}"),
+                ("VDIs", vdis),
+                (
+                    "space",
+                    f"{format_size(health.free_bytes)} free of {format_size(health.total_bytes)}"
+                    " (all copies counted)",
+                ),
+                (
+                    "blocks",
+                    f"{health.corrupt_blocks} found corrupt, {health.repaired_blocks} repaired,"
+                    f" {health.restored_objects} missing objects restored,"
+                    f" {health.suspects} objects to be compared",
+                ),
+                ("stalled", "; ".join(health.stalled) or "no volume"),
+            )
+        )
+        print()
+        if health.pools:
+            print_table(
+                ("POOL", ">GROUPS", ">WHOLE", ">DEGRADED", ">STOPPED", ">CATCHING UP"),
+                (
+                    (f"{p.copies} copies", p.groups, p.whole, p.degraded, p.stopped, p.joining)
+                    for p in health.pools
+                ),
+            )
+            print()
+        _print_nodes(rows)
+    return 1 if health.verdict == "down" else 0
+
+
+async def node_list(arguments: argparse.Namespace) -> int:
+    """Show all nodes."""
+    async with open_session(options(arguments)) as session:
+        rows, _, _ = await _node_rows(session)
+    if arguments.json:
+        print_json(rows)
+    else:
+        _print_nodes(rows)
+    return 0
