@@ -32,8 +32,9 @@ from sheepfs.core.errors import (
 from sheepfs.core.geometry import describe_oid
 from sheepfs.core.wire import Op
 from sheepfs.net.link import Link
-from storaged.logic.catchup import Listed, plan
-from storaged.replica import Replica
+from storaged.logic.catchup import Listed, plan, waves
+from storaged.replica import Replica, decode_layout
+from storaged.store.entry import sibling
 from storaged.store.format import BITMAP_SIZE
 from storaged.store.level import make_patch
 
@@ -178,7 +179,7 @@ class Recovery:
             timeout_s=PULL_TIMEOUT_S,
         )
         try:
-            theirs = [Listed(int(o), int(v), int(li), bool(s)) for o, v, li, s in rows]
+            theirs = [Listed(int(o), int(v), int(li), bool(s)) for o, v, li, s, *_ in rows]
         except (TypeError, ValueError) as error:
             raise ProtocolError(f"node {source.node} sent a bad list: {error}") from error
         store = self._replica.store
@@ -186,13 +187,16 @@ class Recovery:
         fresh = self._replica.fresh.of(copies, number, group.changed)
         todo = plan(ours, theirs, fresh)
         fresh.update(todo.equal)
-        async with trio.open_nursery() as nursery:
-            for oid in todo.pull:
-                await self._limit.acquire_on_behalf_of(oid)
-                nursery.start_soon(self._pull_one, oid, copies, number, fresh)
+        for wave in waves(todo.pull):
+            async with trio.open_nursery() as nursery:
+                for oid in wave:
+                    await self._limit.acquire_on_behalf_of(oid)
+                    nursery.start_soon(self._pull_one, oid, copies, number, fresh)
         if missing := [oid for oid in todo.pull if oid not in fresh]:
             raise RecoveringError(f"{len(missing)} objects could not be pulled yet")
         for oid in todo.strays:
+            if oid not in fresh and not self._replica.is_held(oid):
+                await self._replica.free(oid)
             if oid not in fresh and not self._replica.is_held(oid):
                 store.quarantine(oid)
                 log.info("%s: no sync member has it; quarantined", describe_oid(oid))
@@ -256,6 +260,7 @@ class Recovery:
 
     async def _pull_from(self, link: Link, oid: int, pool: int, pg: int, exact: bool) -> None:
         replica, store = self._replica, self._replica.store
+        inherited = store.get(oid) is None and await self._inherit(link, oid, pool, pg)
         hashes = await trio.to_thread.run_sync(store.digests, oid)
         try:
             header, body = await link.call(
@@ -268,7 +273,10 @@ class Recovery:
                 timeout_s=PULL_TIMEOUT_S,
             )
         except ObjectNotFoundError:
-            if replica.node in replica.map.pools[pool][pg].joining and store.get(oid) is not None:
+            if inherited:
+                store.delete(oid)  # It never was an object.
+            elif replica.node in replica.map.pools[pool][pg].joining:
+                await replica.free(oid)
                 store.quarantine(oid)
             replica.fresh_of(pool, pg).add(oid)
             raise
@@ -294,6 +302,36 @@ class Recovery:
         replica.counters.pulled_bytes += len(patch.data)
         if own is not None and trusted:
             replica.counters.repaired_blocks += len(patch.differs)
+
+    async def _inherit(self, link: Link, oid: int, pool: int, pg: int) -> bool:
+        """Make an object that is not here of what local objects have of it; tells whether it did.
+
+        As the source's copy is made of others, so that what is shared there is shared here.
+        """
+        replica, store = self._replica, self._replica.store
+        try:
+            _, body = await link.call(
+                Op.LAYOUT,
+                b"",
+                oid=oid,
+                pool=pool,
+                pg=pg,
+                epoch=replica.map.epoch,
+                timeout_s=PULL_TIMEOUT_S,
+            )
+        except ObjectNotFoundError:
+            return False  # PULL says the same, and what follows from it.
+        layout = decode_layout(body)
+        bases = [sibling(oid, layer) for layer in layout.layers]
+        trusted = {base for base in bases if self._is_trusted(base, pool, pg)}
+        if not trusted or store.get(oid) is not None:
+            return False
+        copy = await trio.to_thread.run_sync(store.compose, oid, layout, trusted)
+        if copy.overlay is None:
+            return False
+        await trio.to_thread.run_sync(store.mark, [oid])
+        store.inherit(oid, copy, pool=pool, pg=pg)
+        return True
 
     def _is_trusted(self, oid: int, pool: int, pg: int) -> bool:
         group = self._replica.map.pools[pool][pg]

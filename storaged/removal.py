@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import trio
 
-from sheepfs.core.errors import SheepError, UnreachableError, UsageError
-from sheepfs.core.geometry import describe_oid, index_of, is_map_object
+from sheepfs.core.errors import SheepError, UsageError
+from sheepfs.core.geometry import index_of, is_map_object
 from sheepfs.core.wire import FLAG_KEEP_MAPS, RANGE, USAGE, Buffer, Header
+from storaged.logic.reclaim import LiveIndexes
 from storaged.replica import Client, Replica
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Removal:
             keep_maps = bool(header.flags & FLAG_KEEP_MAPS)
             outcome = await self.remove(header.version, live, keep_maps)
         except SheepError as error:
-            client.reply(header, str(error).encode(), error.status)
+            self._replica.fail(client, header, error)
         else:
             client.reply(header, json.dumps(outcome._asdict()).encode())
 
@@ -67,39 +68,20 @@ class Removal:
         """Remove a layer's objects but those whose index is in `live`, durably."""
         async with self._one_at_a_time:
             store = self._replica.store
-            dead = _dead(store.of_layer(layer), live, keep_maps)
+            in_use = LiveIndexes(live)
+            dead = _dead(store.of_layer(layer), in_use, keep_maps)
             removed = 0
             for oid in dead:
-                if self._replica.is_held(oid):
-                    continue
-                await self._unshare(oid)
-                if not store.dependents(oid):
+                if store.dependents(oid):
+                    await self._replica.free(oid)
+                if not self._replica.is_held(oid):
                     store.delete(oid)
                     removed += 1
                 if removed % BATCH == 0:
                     await trio.lowlevel.checkpoint()
-            if removed:
-                await self._replica.flush_store(None)
-            return Outcome(removed, len(_dead(store.of_layer(layer), live, keep_maps)))
-
-    async def _unshare(self, base: int) -> None:
-        """Give everything that inherits from an object its own copy of that."""
-        replica, store = self._replica, self._replica.store
-        for oid in store.dependents(base):
-            if replica.is_held(oid):
-                # The next call finds it free.
-                continue
-            replica.hold(oid)
-            try:
-                if not store.is_marked(oid):
-                    await trio.to_thread.run_sync(store.mark, [oid])
-                await trio.to_thread.run_sync(store.unshare, oid, base)
-            except SheepError as error:
-                raise UnreachableError(
-                    f"{describe_oid(oid)} keeps {describe_oid(base)}: {error}"
-                ) from error
-            finally:
-                replica.release(oid)
+            # Also when nothing went now: whoever was asked before may not have come to it.
+            await self._replica.flush_store(None)
+            return Outcome(removed, len(_dead(store.of_layer(layer), in_use, keep_maps)))
 
     def usage(self, client: Client, header: Header, payload: Buffer) -> None:
         """USAGE: the objects that this node has, of some layers or of all."""
@@ -115,13 +97,5 @@ class Removal:
         client.reply(header, b"".join(USAGE.pack(*record) for record in page))
 
 
-def _dead(oids: Sequence[int], live: Sequence[tuple[int, int]], keep_maps: bool) -> list[int]:
-    starts = [start for start, _ in live]
-
-    def is_live(oid: int) -> bool:
-        if is_map_object(oid):
-            return keep_maps
-        at = bisect_right(starts, index_of(oid)) - 1
-        return at >= 0 and index_of(oid) < live[at][1]
-
-    return [oid for oid in oids if not is_live(oid)]
+def _dead(oids: Sequence[int], live: LiveIndexes, keep_maps: bool) -> list[int]:
+    return [oid for oid in oids if not (keep_maps if is_map_object(oid) else index_of(oid) in live)]

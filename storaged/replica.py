@@ -6,6 +6,8 @@ Always holds:
   `held` (being marked, pulled or laundered) they queue.
 - A write applies only on the version it names; a later version already there means that it was
   applied before (a retry), since each version builds on the one before.
+- A copy is made of a base that is exactly at the version which the holder names.
+- Who waits for another object while it holds one waits for a limited time only.
 - A joining node trusts none of its objects until they were compared with a sync member (`fresh`),
   and takes no change before it knows which holders were fenced while it was away (`guard`).
 """
@@ -14,25 +16,46 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import trio
 from xxhash import xxh3_128_hexdigest
 
 from sheepfs.core.clustermap import ClusterMap
-from sheepfs.core.errors import CorruptError, DiskError, RecoveringError, SheepError, Status
-from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
+from sheepfs.core.errors import (
+    CorruptError,
+    DiskError,
+    ObjectNotFoundError,
+    ProtocolError,
+    RecoveringError,
+    SheepError,
+    Status,
+)
+from sheepfs.core.geometry import (
+    BLOCK_SIZE,
+    BLOCKS_PER_OBJECT,
+    OBJECT_SIZE,
+    describe_oid,
+    is_map_object,
+    layer_of,
+    pool_of,
+)
 from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, HEADER_SIZE, Buffer, Header, Op
 from storaged.logic.catchup import Fresh
 from storaged.logic.gate import Gate, Refusal, Role, check_token, check_write_token
-from storaged.store.entry import CORRUPT, StoredObject
-from storaged.store.objects import ObjectStore
+from storaged.store.entry import CORRUPT, StoredObject, sibling
+from storaged.store.format import blocks_in
+from storaged.store.objects import ObjectStore, Sources
 
 log = logging.getLogger(__name__)
 
 HASH_TABLE_SIZE = 8192
+HOLD_PATIENCE_S = 2.0
+"""How long a request that needs a second object waits for whoever holds that."""
 
 
 class Client(Protocol):
@@ -104,6 +127,9 @@ class Replica:
         self._nursery = nursery
         self._on_disk_error = on_disk_error
         self._held: dict[int, deque[_Request]] = {}
+        self._released: dict[int, trio.Event] = {}
+        self._freed: set[int] = set()
+        """Objects whose heirs have their own copies, about to be deleted."""
         self._to_mark: list[int] = []
         self._mark_wanted = trio.Event()
         self._flushes: list[_Request] = []
@@ -116,6 +142,8 @@ class Replica:
             Op.FLUSH: self._flush,
             Op.STAT: self._stat,
             Op.EXTENTS: self._extents,
+            Op.SUMS: self._tables,
+            Op.LAYOUT: self._tables,
             Op.PULL: self._pull,
             Op.REPAIR: self._repair,
             Op.LIST: self._list,
@@ -154,7 +182,7 @@ class Replica:
         except Refusal as refusal:
             self._refuse(client, header, refusal)
         except SheepError as error:
-            self._fail(client, header, error)
+            self.fail(client, header, error)
 
     def _queue(
         self, held: deque[_Request], client: Client, header: Header, payload: Buffer
@@ -168,7 +196,8 @@ class Replica:
             body = self.map.encoded
         client.reply(header, body, refusal.status, epoch=self.map.epoch)
 
-    def _fail(self, client: Client, header: Header, error: SheepError) -> None:
+    def fail(self, client: Client, header: Header, error: SheepError) -> None:
+        """Answer a request with an error; a failed disk ends the daemon."""
         if isinstance(error, DiskError):
             self._on_disk_error(error)
         client.reply(header, str(error).encode(), error.status, version=self._version(header.oid))
@@ -190,17 +219,32 @@ class Replica:
         """Tell whether requests on an object are waiting for something."""
         return oid in self._held
 
+    async def take(self, oid: int) -> None:
+        """Hold an object that nobody else holds. Raises RecoveringError if that takes too long."""
+        with trio.move_on_after(HOLD_PATIENCE_S):
+            while oid in self._held:
+                await self._released.setdefault(oid, trio.Event()).wait()
+        if oid in self._held:
+            raise RecoveringError(f"{describe_oid(oid)} is busy")
+        self.hold(oid)
+
     def release(self, oid: int) -> None:
         """Carry out what waited for the object; one of them may hold it again."""
-        for client, header, payload in self._held.pop(oid, ()):
+        for client, header, payload in self._let_go(oid):
             client.hold(-HEADER_SIZE - len(payload))
             self.handle(client, header, payload)
 
     def fail_held(self, oid: int, error: SheepError) -> None:
         """Answer what waited for the object with an error."""
-        for client, header, payload in self._held.pop(oid, ()):
+        for client, header, payload in self._let_go(oid):
             client.hold(-HEADER_SIZE - len(payload))
-            self._fail(client, header, error)
+            self.fail(client, header, error)
+
+    def _let_go(self, oid: int) -> Iterable[_Request]:
+        released = self._released.pop(oid, None)
+        if released is not None:
+            released.set()
+        return self._held.pop(oid, ())
 
     def _after(
         self, work: Callable[[int], Any], client: Client, header: Header, payload: Buffer
@@ -233,7 +277,7 @@ class Replica:
             self._when_trusted(client, header, payload)
             return
         except CorruptError as error:
-            self._corrupt(header, error)
+            self._corrupt(header.oid, header, error)
             raise
         if data is None:
             client.hold(header.span)
@@ -250,14 +294,13 @@ class Replica:
             client.reply(header, await trio.to_thread.run_sync(read))
         except SheepError as error:
             if isinstance(error, CorruptError):
-                self._corrupt(header, error)
-            self._fail(client, header, error)
+                self._corrupt(header.oid, header, error)
+            self.fail(client, header, error)
         finally:
             client.hold(-header.span)
 
-    def _corrupt(self, header: Header, error: CorruptError) -> None:
+    def _corrupt(self, oid: int, header: Header, error: CorruptError) -> None:
         """A bad block: the reader goes to another replica, and this copy mends itself (I11)."""
-        oid = header.oid
         if self.is_held(oid):
             return
         self.counters.corrupt_blocks += len(error.blocks)
@@ -339,27 +382,15 @@ class Replica:
         oid = header.oid
         if entry is None:
             self.gate.check_object(header)
-        create = bool(header.flags & FLAG_CREATE) and header.op == Op.WRITE
-        if header.flags & FLAG_COPY:
-            create = True
-            base = header.oid & ~(0x7FFFFFFFF << 28) | BASE.unpack_from(payload)[0] << 28
-            found = self.store.get(base)
-            if entry and entry.version >= header.version and not entry.suspect:
-                client.acknowledge(header)
-                return
-            if role is Role.JOINING and base not in self.fresh_of(header.pool, header.pg):
-                self._after(
-                    lambda oid: self._bring_level(base, header.pool, header.pg),
-                    client,
-                    header,
-                    payload,
-                )
-                return
-            if found is None or found.version != header.prev:
-                raise Refusal(Status.STALE_OBJECT, "base")
+        base = self._base_of(header, payload) if header.flags & FLAG_COPY else None
+        create = base is not None or (bool(header.flags & FLAG_CREATE) and header.op == Op.WRITE)
+        unknown = role is Role.JOINING and oid not in self.fresh_of(header.pool, header.pg)
         if create and not (entry and entry.version >= header.version and not entry.suspect):
-            pass
-        elif role is Role.JOINING and oid not in self.fresh_of(header.pool, header.pg):
+            if base is not None and not self._can_copy(client, header, payload, role, base):
+                return
+        elif unknown and header.op == Op.DELETE and entry is not None:
+            pass  # Whatever this copy holds, it is not to be kept.
+        elif unknown and header.op != Op.DELETE:
             self._after(
                 lambda oid: self._bring_level(oid, header.pool, header.pg), client, header, payload
             )
@@ -389,41 +420,148 @@ class Replica:
             self._to_mark.append(oid)
             self._mark_wanted.set()
             return
-        if header.flags & FLAG_COPY:
-            data = bytes(payload)[8:]
-            if header.op == Op.WRITE:
-                self.store.write(
-                    oid, header.offset, data, header.version,
-                    create=True, pool=header.pool, pg=header.pg, base=base,
-                )  # fmt: skip
-            else:
-                self.store.punch(
-                    oid, header.offset, header.span, header.version,
-                    pool=header.pool, pg=header.pg, base=base,
-                )  # fmt: skip
-        else:
-            self._apply(header, payload, create)
+        if header.op == Op.DELETE and oid not in self._freed and self.store.dependents(oid):
+            self._after(self._free_to_delete, client, header, payload)
+            return
+        try:
+            self._apply(header, payload, create, base)
+        except CorruptError as error:
+            if base is not None:
+                self._corrupt(base, header, error)
+            raise
         if role is Role.JOINING:
             self.fresh_of(header.pool, header.pg).add(oid)
         client.acknowledge(header)
 
-    def _apply(self, header: Header, payload: Buffer, create: bool) -> None:
+    def _apply(self, header: Header, payload: Buffer, create: bool, base: int | None) -> None:
+        oid, offset, version = header.oid, header.offset, header.version
+        pool, pg = header.pool, header.pg
         if header.op == Op.WRITE:
-            if len(payload) != header.span:
+            data = payload if base is None else memoryview(payload)[BASE.size :]
+            if len(data) != header.span:
                 raise Refusal(Status.BAD_REQUEST, "a write's payload is not as long as its span")
-            self.store.write(
-                header.oid,
-                header.offset,
-                payload,
-                header.version,
-                create=create,
-                pool=header.pool,
-                pg=header.pg,
-            )
+            if base is not None and is_map_object(oid):
+                self._copy_map(base, header)
+                return
+            self.store.write(oid, offset, data, version, create=create, pool=pool, pg=pg, base=base)
         elif header.op == Op.PUNCH:
-            self.store.punch(header.oid, header.offset, header.span, header.version)
+            self.store.punch(oid, offset, header.span, version, pool=pool, pg=pg, base=base)
         else:
-            self.store.delete(header.oid)
+            self._freed.discard(oid)
+            self.store.delete(oid)
+
+    def _copy_map(self, base: int, header: Header) -> None:
+        """Copy a map object's data; few KiB.
+
+        Inheriting would cost more: the VDI's map goes on changing, and each change of it would
+        first have to be copied to every snapshot since the last one.
+        """
+        store, oid = self.store, header.oid
+        store.write(oid, 0, b"", header.version, create=True, pool=header.pool, pg=header.pg)
+        for block in blocks_in(store.extents(base)):
+            at = block * BLOCK_SIZE
+            data = as_buffer(store.read(base, at, BLOCK_SIZE, wait=True) or b"")
+            store.write(oid, at, data, header.version)
+
+    # -- copies -----------------------------------------------------------------------------
+
+    def _base_of(self, header: Header, payload: Buffer) -> int:
+        """Give the object that a change with FLAG_COPY makes a copy of (Refusal)."""
+        if header.op not in (Op.WRITE, Op.PUNCH) or header.flags & FLAG_CREATE:
+            raise Refusal(Status.BAD_REQUEST, "only a write or a discard makes a copy")
+        if len(payload) < BASE.size:
+            raise Refusal(Status.BAD_REQUEST, "a copy names the layer that it is made of")
+        (layer,) = BASE.unpack_from(payload)
+        base = sibling(header.oid, layer)
+        if layer_of(base) != layer or layer == layer_of(header.oid):
+            raise Refusal(Status.BAD_REQUEST, f"no copy can be made of layer {layer:#x}")
+        if pool_of(base) != header.pool:
+            raise Refusal(Status.BAD_REQUEST, f"layer {layer:#x} is not of pool {header.pool}")
+        self.gate.check_object(header._replace(oid=base))
+        return base
+
+    def _can_copy(
+        self, client: Client, header: Header, payload: Buffer, role: Role, base: int
+    ) -> bool:
+        """Tell whether a base can be copied now; else answer, or see to what has to come first."""
+        entry = self.store.get(base)
+        work: Callable[[int], Any]
+        if role is Role.JOINING and base not in self.fresh_of(header.pool, header.pg):
+            work = lambda oid: self._level_base(base, header.pool, header.pg)  # noqa: E731
+        elif entry is None or entry.version != header.prev or entry.suspect:
+            if self.is_held(base):
+                work = lambda oid: self._await_free(base)  # noqa: E731
+            elif entry is not None and entry.suspect:
+                work = lambda oid: self._trust_base(base, header.pool, header.pg)  # noqa: E731
+            else:
+                version = entry.version if entry else 0
+                client.reply(
+                    header,
+                    f"{describe_oid(base)}, to be copied, is at version {version:x}".encode(),
+                    Status.STALE_OBJECT,
+                    version=version,
+                )
+                return False
+        elif not self.store.is_open(base):
+            work = lambda oid: self._warm(base)  # noqa: E731
+        else:
+            return True
+        self._after(work, client, header, payload)
+        return False
+
+    async def _level_base(self, base: int, pool: int, pg: int) -> None:
+        await self.take(base)
+        try:
+            if base not in self.fresh_of(pool, pg):
+                # If no sync member has it, the copy is refused as one of a stale base.
+                with suppress(ObjectNotFoundError):
+                    await self._bring_level(base, pool, pg)
+        finally:
+            self.release(base)
+
+    async def _trust_base(self, base: int, pool: int, pg: int) -> None:
+        await self.take(base)
+        try:
+            entry = self.store.get(base)
+            if entry is not None and entry.suspect:
+                await self._resolve(base, pool, pg)
+        finally:
+            self.release(base)
+
+    async def _await_free(self, oid: int) -> None:
+        await self.take(oid)
+        self.release(oid)
+
+    async def _warm(self, oid: int) -> None:
+        """Read an object's table into memory; whether it can be had, the next look tells."""
+        with suppress(ObjectNotFoundError, CorruptError, RecoveringError):
+            await trio.to_thread.run_sync(self.store.sums, oid)
+
+    async def free(self, oid: int) -> None:
+        """Give all that inherit blocks from an object their own copies, in threads.
+
+        One that is busy for long is left out: `delete` sees to it. Raises NoSpaceError, DiskError.
+        """
+
+        def unshare(heir: int) -> None:
+            self.store.mark([heir])
+            self.store.unshare(heir, oid)
+
+        for heir in self.store.dependents(oid):
+            try:
+                await self.take(heir)
+            except RecoveringError:
+                continue
+            try:
+                await trio.to_thread.run_sync(unshare, heir)
+            finally:
+                self.release(heir)
+
+    async def _free_to_delete(self, oid: int) -> None:
+        await self.free(oid)
+        self._freed.add(oid)
+
+    # -- marking ----------------------------------------------------------------------------
 
     async def _marker(self) -> None:
         """Mark objects dirty on disk before their first write; one fdatasync for all waiting."""
@@ -434,7 +572,7 @@ class Replica:
             try:
                 await trio.to_thread.run_sync(self.store.mark, oids)
             except SheepError as error:
-                # A full disk is no failed one; `_fail` tells them apart.
+                # A full disk is no failed one; `fail` tells them apart.
                 for oid in oids:
                     self.fail_held(oid, error)
                 continue
@@ -459,7 +597,7 @@ class Replica:
                 await self.flush_store(layers.pop() if len(layers) == 1 else None)
             except SheepError as error:
                 for client, header, _ in flushes:
-                    self._fail(client, header, error)
+                    self.fail(client, header, error)
                 continue
             for client, header, _ in flushes:
                 client.reply(header)
@@ -508,7 +646,7 @@ class Replica:
             body = json.dumps({"digest": digest, "lineage": lineage}).encode()
             client.reply(header, body, version=self._version(oid), span=lineage)
         except SheepError as error:
-            self._fail(client, header, error)
+            self.fail(client, header, error)
         finally:
             self.release(oid)
 
@@ -516,6 +654,23 @@ class Replica:
         check_token(header, self.tokens)
         self.gate.check_sync(header)
         client.reply(header, self.store.extents(header.oid))
+
+    def _tables(self, client: Client, header: Header, payload: Buffer) -> None:
+        """SUMS: the checksums of the object's blocks. LAYOUT: where they lie."""
+        self.gate.check_sync(header)
+        oid = header.oid
+        entry = self.store.get(oid)
+        if entry is None:
+            raise Refusal(Status.NOT_FOUND, f"{describe_oid(oid)} is not here")
+        if entry.suspect:
+            self._when_trusted(client, header, payload)
+        elif not self.store.is_open(oid):
+            self._after(self._warm, client, header, payload)
+        else:
+            body = self.store.sums(oid)
+            if header.op == Op.LAYOUT:
+                body = encode_layout(self.store.layout(oid))
+            client.reply(header, body, version=entry.version, span=entry.lineage)
 
     def _pull(self, client: Client, header: Header, payload: Buffer) -> None:
         """A peer sends the hashes of its blocks and gets those that differ."""
@@ -538,7 +693,7 @@ class Replica:
             body = b"".join((found.differs, found.zero, *found.blocks))
             client.reply(header, body, version=found.version, span=found.lineage)
         except SheepError as error:
-            self._fail(client, header, error)
+            self.fail(client, header, error)
         finally:
             self.release(oid)
 
@@ -560,12 +715,12 @@ class Replica:
                 self.counters.restored_objects += 1
                 log.error("%s: was missing here; restored from a peer", describe_oid(oid))
         except SheepError as error:
-            self._fail(client, header, error)
+            self.fail(client, header, error)
         finally:
             self.release(oid)
 
     def _list(self, client: Client, header: Header, payload: Buffer) -> None:
-        """Objects and versions of one group, for a node that joins it; pool 0: the tokens."""
+        """Objects and versions of one group (of one layer, if named); pool 0: the tokens."""
         if header.pool == 0:
             if header.epoch > self.map.epoch:
                 raise Refusal(Status.BUSY, f"this node only knows epoch {self.map.epoch}")
@@ -573,7 +728,12 @@ class Replica:
             return
         self.gate.check_sync(header)
         found = self.store.list(header.pool, header.pg, len(self.map.pools[header.pool]))
-        rows = [[o.oid, o.version, o.lineage, int(o.suspect)] for o in found]
+        layer = header.version
+        rows = [
+            [o.oid, o.version, o.lineage, int(o.suspect), o.allocated]
+            for o in found
+            if not layer or layer_of(o.oid) == layer
+        ]
         client.reply(header, json.dumps(rows, separators=(",", ":")).encode())
 
     # -- fencing ----------------------------------------------------------------------------
@@ -590,7 +750,7 @@ class Replica:
             await trio.to_thread.run_sync(self.store.set_token, header.vdi, header.token)
             client.reply(header)
         except SheepError as error:
-            self._fail(client, header, error)
+            self.fail(client, header, error)
 
     def learn_tokens(self, tokens: dict[int, int]) -> dict[int, int]:
         """Take over the fences that a peer knows; give those that are new and to be kept."""
@@ -618,6 +778,28 @@ def check_range(header: Header) -> None:
         raise Refusal(
             Status.BAD_REQUEST, f"range {header.offset}+{header.span} is beyond the object's end"
         )
+
+
+_COUNT = struct.Struct("<H")
+
+
+def encode_layout(layout: Sources) -> bytes:
+    """Give the reply to LAYOUT: u16 number of bases, their layers (u64), 1024 source bytes."""
+    count = len(layout.layers)
+    return _COUNT.pack(count) + struct.pack(f"<{count}Q", *layout.layers) + layout.sources
+
+
+def decode_layout(body: Buffer) -> Sources:
+    """Read a reply to LAYOUT (ProtocolError)."""
+    try:
+        (count,) = _COUNT.unpack_from(body)
+        layers = struct.unpack_from(f"<{count}Q", body, _COUNT.size)
+    except struct.error as error:
+        raise ProtocolError(f"not a layout: {error}") from error
+    sources = bytes(memoryview(body)[_COUNT.size + 8 * count :])
+    if len(sources) != BLOCKS_PER_OBJECT or max(sources) > count:
+        raise ProtocolError("a layout whose sources are none of its bases")
+    return Sources(sources, layers)
 
 
 def as_buffer(data: Buffer | Sequence[Buffer]) -> Buffer:

@@ -93,39 +93,24 @@ class Checker:
                         connect_node(node.address, self._session.config.cluster)
                     )
                 except SheepError as error:
-                    if any(node.id in group.sync for pool in self._pools for group in pool):
+                    if any(node.id in g.sync for pool in self._map.pools.values() for g in pool):
                         self.report.unanswered[node.id] = str(error)
-            if any(self._pools):
+            if self._record.copies in self._map.pools:
                 await self._check_all()
         return self.report
 
-    @property
-    def _own_layers(self) -> set[int]:
-        """Layers whose objects are this VDI's alone: those that it writes to, and its map's."""
-        return {self._record.layer, self._record.next, self._record.map} - {0}
-
-    @property
-    def _pools(self) -> list[tuple[PlacementGroup, ...]]:
-        """Groups of each pool in which objects of its own are."""
-        copies = sorted({copies_of(layer) for layer in self._own_layers})
-        return [self._map.pools.get(number, ()) for number in copies]
-
     def _group(self, oid: int) -> PlacementGroup:
-        """Give the group of an object; raises SheepError while the cluster has not made it."""
-        groups = self._map.pools.get(pool_of(oid))
-        if not groups:
-            raise UnreachableError(
-                f"{describe_oid(oid)}: there is no pool of {pool_of(oid)} copies"
-            )
-        return groups[pg_of(oid, len(groups))]
+        pool = self._map.pools[pool_of(oid)]
+        return pool[pg_of(oid, len(pool))]
 
     async def _check_all(self) -> None:
         if not self._links:
             raise UnreachableError("no storage daemon answers: sheepctl cluster status tells more")
         named = set(await self._named_objects())
         present = await self._present_objects()
+        pools = {pool_of(oid) for oid in named}
         self.report.joining_groups = sum(
-            bool(group.joining) for pool in self._pools for group in pool
+            bool(group.joining) for pool in pools for group in self._map.pools[pool]
         )
         objects = iter(sorted(named | present))
         self.report.objects = len(named | present)
@@ -139,7 +124,7 @@ class Checker:
 
     def _fields(self, oid: int) -> dict[str, int]:
         pool = pool_of(oid)
-        pg = pg_of(oid, len(self._map.pools.get(pool, ())))
+        pg = pg_of(oid, len(self._map.pools[pool]))
         return {"oid": oid, "pool": pool, "pg": pg, "epoch": self._map.epoch}
 
     async def _named_objects(self) -> list[int]:
@@ -179,30 +164,33 @@ class Checker:
         return body
 
     async def _present_objects(self) -> set[int]:
-        """Objects of the VDI's own layers that any member has, named or not."""
+        """Objects of the VDI's active layer that any member has, named or not."""
         present: set[int] = set()
 
+        own = {self._record.layer, self._record.map} - {0}
+
         async def ask(node: int, link: Link) -> None:
-            for copies in sorted({copies_of(layer) for layer in self._own_layers}):
-                for pg, group in enumerate(self._map.pools.get(copies, ())):
+            for layer in own:
+                for pg, group in enumerate(self._map.pools[copies_of(layer)]):
                     if node in group.sync:
-                        present.update(await self._list(link, copies, pg))
+                        present.update(await self._list(link, layer, pg))
 
         async with trio.open_nursery() as nursery:
             for node, link in self._links.items():
                 nursery.start_soon(ask, node, link)
         return present
 
-    async def _list(self, link: Link, copies: int, pg: int) -> list[int]:
+    async def _list(self, link: Link, layer: int, pg: int) -> list[int]:
         try:
             rows = await link.call_json(
                 Op.LIST,
-                pool=copies,
+                pool=copies_of(layer),
                 pg=pg,
+                version=layer,
                 epoch=self._map.epoch,
                 timeout_s=CALL_TIMEOUT_S,
             )
-            return [row[0] for row in rows if layer_of(row[0]) in self._own_layers]
+            return [row[0] for row in rows if layer_of(row[0]) == layer]
         except (RetryableError, TypeError, IndexError):
             # The group changed meanwhile. What the map names is compared all the same.
             return []

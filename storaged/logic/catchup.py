@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import NamedTuple, Protocol
 
+from sheepfs.core.geometry import layer_of, serial_of
+
 
 class Listed(NamedTuple):
     """An object as its node lists it; equal version and lineage mean equal bytes."""
@@ -80,3 +82,14 @@ def plan(ours: Iterable[Copy], theirs: Iterable[Copy], fresh: Collection[int]) -
         else:
             pull.append(copy.oid)
     return Plan(pull, equal, [oid for oid in own if oid not in seen and oid not in fresh])
+
+
+def waves(oids: Iterable[int]) -> list[list[int]]:
+    """Put objects in the order in which they may be pulled, each wave after the one before.
+
+    A copy comes after what it may be made of: an object of an earlier layer.
+    """
+    by_serial: dict[int, list[int]] = {}
+    for oid in oids:
+        by_serial.setdefault(serial_of(layer_of(oid)), []).append(oid)
+    return [by_serial[serial] for serial in sorted(by_serial)]

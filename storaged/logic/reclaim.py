@@ -9,8 +9,10 @@ Always holds:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Set
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 from xxhash import xxh3_128_digest
@@ -104,3 +106,16 @@ def _ranges(indexes: list[int]) -> Iterator[tuple[int, int]]:
         end = index + 1
     if end >= 0:
         yield start, end
+
+
+class LiveIndexes:
+    """Index ranges, to be looked in."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._ranges = sorted(ranges)
+        self._starts = [start for start, _ in self._ranges]
+        self._ends = list(accumulate((end for _, end in self._ranges), max))
+
+    def __contains__(self, index: int) -> bool:
+        place = bisect_right(self._starts, index) - 1
+        return place >= 0 and index < self._ends[place]

@@ -9,7 +9,7 @@ Always holds:
 
 Threads: the event loop's thread calls everything; the methods that say "Blocks" are meant for
 worker threads and may run beside the loop. Nobody writes, punches or deletes an object while
-an `inherit`, `unshare`, `launder` or `clear_suspect` of it runs.
+an `unshare`, `launder` or `clear_suspect` of it runs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from storaged.store.entry import CORRUPT, OK, SUSPECT, ObjectInfo, StoredObject
 from storaged.store.flush import FlushJob
 from storaged.store.format import Sources
 from storaged.store.level import Difference, Patch
+from storaged.store.sharing import Copy
 
 __all__ = ["FlushJob", "ObjectInfo", "ObjectStore", "Sources", "StoredObject", "Usage"]
 log = logging.getLogger(__name__)
@@ -154,23 +155,26 @@ class ObjectStore(DataDirectory):
         """
         self._sharing.unshare(oid, base)
 
-    def inherit(
-        self, oid: int, sources: Sources, trusted: Collection[int], *, pool: int, pg: int
-    ) -> None:
-        """Make an absent, marked object of what local objects have of a peer's. Blocks.
-
-        The object is a suspect of version 0 then: `digests` and `patch` make it equal. Nobody
-        else touches the object meanwhile.
+    def compose(self, oid: int, sources: Sources, trusted: Collection[int]) -> Copy:
+        """Find what of a peer's object local objects have, for `inherit`. Blocks.
 
         Args:
             sources: the peer's `layout`.
             trusted: objects that are level with the peer's; others are not inherited from.
 
+        Raises DiskError.
+        """
+        return self._sharing.composed(oid, sources, trusted)
+
+    def inherit(self, oid: int, copy: Copy, *, pool: int, pg: int) -> None:
+        """Make an absent, marked object of what `compose` found.
+
+        It is a suspect of version 0 then: `digests` and `patch` make it equal to the peer's.
+
         Raises:
             UsageError: the object is there.
             RetryableError, NoSpaceError, DiskError: as `write` with `create`.
         """
-        copy = self._sharing.composed(oid, sources, trusted)
         self._writer.inherit(oid, pool, pg, copy)
 
     def is_open(self, oid: int) -> bool:

@@ -19,10 +19,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 KERNEL_DIRECTORY = REPOSITORY / ".cache" / "guest-kernel"
 MODULES = ("virtio_pci", "virtio_blk", "ext4")
 PROGRAMS = ("mkfs.ext4", "e2fsck")
+DRIVE = "cache=none,discard=unmap,detect-zeroes=unmap"
 DONE = "GUEST-DONE"
 """Printed on the console when every step succeeded."""
 
-INIT = """#!/bin/busybox sh
+INIT = r"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev
 for module in $(cat /modules/order); do insmod /modules/$module; done
@@ -42,6 +43,20 @@ case $(cat /proc/cmdline) in
     mount -t ext4 -o ro /dev/vda /mnt || fail mount
     (cd /mnt && test $(wc -l <sums) = 20 && md5sum -c sums) || fail "checksums differ"
     ;;
+*task=format*)
+    mkfs.ext4 -q -F /dev/vda || fail mkfs
+    mount -t ext4 /dev/vda /mnt || fail mount
+    ;;
+*task=fill*)
+    mount -t ext4 /dev/vda /mnt || fail mount
+    megabytes=$(sed -n 's/.*fill=\([0-9]*\).*/\1/p' /proc/cmdline)
+    dd if=/dev/urandom of=/mnt/big bs=1M count=$megabytes 2>/dev/null || fail "fill"
+    ;;
+*task=trim*)
+    mount -t ext4 /dev/vda /mnt || fail mount
+    rm /mnt/big && sync || fail "delete"
+    fstrim -v /mnt || fail fstrim
+    ;;
 esac
 umount /mnt || fail umount
 e2fsck -f -n /dev/vda || fail e2fsck
@@ -59,7 +74,9 @@ class Guest:
     initramfs: Path
 
     def run(self, disk: Path, task: str, timeout_s: float = 300) -> str:
-        """Boot with `disk` as /dev/vda, do `write` or `verify`, and give the console's text.
+        """Boot with `disk` as /dev/vda, do a task of `INIT`, and give the console's text.
+
+        What the guest discards is given back to the disk.
 
         Raises:
             subprocess.TimeoutExpired: the guest neither finished nor failed in time.
@@ -70,7 +87,7 @@ class Guest:
                 *("-display", "none", "-no-reboot", "-serial", "stdio"),
                 *("-kernel", str(self.kernel), "-initrd", str(self.initramfs)),
                 *("-append", f"console=ttyS0 quiet panic=-1 task={task}"),
-                *("-drive", f"file={disk},format=raw,if=virtio,cache=none"),
+                *("-drive", f"file={disk},format=raw,if=virtio,{DRIVE}"),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -20,6 +20,28 @@ def guest(tmp_path: Path) -> Guest:
     return build_guest(tmp_path / "guest")
 
 
+def used(mounted: Mounted) -> int:
+    return sum(int(node["used"]) for node in mounted.status()["nodes"])
+
+
+def test_what_a_guest_deletes_and_trims_is_given_back_on_every_node(
+    mounted: Mounted, guest: Guest, soak: bool
+) -> None:
+    megabytes = 500 if soak else 60
+    before_all = used(mounted)
+    disk = mounted.create("trim", "2G")
+    assert DONE in (console := guest.run(disk, "format")), console[-3000:]
+    empty = used(mounted) - before_all
+    assert DONE in (console := guest.run(disk, f"fill fill={megabytes}")), console[-3000:]
+    full = used(mounted) - before_all
+    assert full - empty >= 3 * megabytes * 1_000_000
+    assert DONE in (console := guest.run(disk, "trim")), console[-3000:]
+    trimmed = used(mounted) - before_all
+    print(f"used by all replicas: {empty} empty, {full} full, {trimmed} after fstrim")
+    assert trimmed <= empty * 1.05
+    assert disk.stat().st_blocks * 512 <= empty / 3 * 1.05
+
+
 def test_what_a_guest_wrote_holds_after_the_whole_cluster_was_stopped_and_started(
     mounted: Mounted, guest: Guest
 ) -> None:

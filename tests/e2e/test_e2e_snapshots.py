@@ -7,6 +7,7 @@ import mmap
 import os
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import trio
 from e2e.cluster import Mounted, run, seconds
 from sheepfs.connecting import connect
 from sheepfs.core.geometry import OBJECT_SIZE
+from sheepfs_tools.processes import wait_for
 
 BLOCK = 4096
 STALL_ALLOWED_S = 0.1
@@ -175,6 +177,37 @@ def full_disk(mounted: Mounted, soak: bool) -> Iterator[tuple[str, Path]]:
     yield "full", path
     mounted.cluster.sheepctl("snapshot", "delete", "full@now", "--now", check=False)
     mounted.cluster.sheepctl("vdi", "delete", "full-clone", "full", "--now", check=False)
+
+
+def test_cp_and_sheep_cp_of_a_full_disk_share_its_data(mounted: Mounted, soak: bool) -> None:
+    size = 4 << 30 if soak else 128 << 20
+    base = mounted.create("base", str(size), copies=1 if soak else 3)
+    chunk = Random(4).randbytes(4 << 20)
+    with base.open("r+b", buffering=0) as file:
+        for _ in range(size // len(chunk)):
+            file.write(chunk)
+        os.fsync(file.fileno())
+    wait_for(lambda: base.stat().st_blocks * 512 == size, 30, "du to tell the truth")
+    before = used(mounted)
+    sheep_cp = Path(sys.executable).with_name("sheep-cp")
+    copies = {
+        "cp": mounted.path / "vm2.raw",
+        "sheep-cp": mounted.path / "vm3.raw",
+    }
+    took = {
+        "cp": seconds(lambda: run("cp", base, copies["cp"])),
+        "sheep-cp": seconds(lambda: run(sheep_cp, "--reflink=always", base, copies["sheep-cp"])),
+    }
+    taken = used(mounted) - before
+    print(f"{size >> 20} MiB: {took}, {taken} bytes taken by both")
+    for path in copies.values():
+        run("cmp", base, path, timeout_s=600)
+    assert all(took_s < 1 for took_s in took.values())
+    assert taken < 5_000_000
+    with copies["cp"].open("r+b", buffering=0) as file:
+        file.write(b"changed")
+    with base.open("rb") as file:
+        assert file.read(7) == chunk[:7]
 
 
 def used(mounted: Mounted) -> int:

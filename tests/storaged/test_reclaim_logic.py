@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sheepfs.core.errors import ProtocolError
 from sheepfs.core.geometry import BLOCK_SIZE, MAP_ENTRIES_PER_BLOCK
-from storaged.logic.reclaim import Family, Live, is_forgettable, orders, ranges
+from storaged.logic.reclaim import Family, Live, LiveIndexes, is_forgettable, orders, ranges
 
 entries = st.dictionaries(st.integers(0, 3 * MAP_ENTRIES_PER_BLOCK - 1), st.integers(1, 6))
 
@@ -55,3 +55,11 @@ def test_a_page_that_cannot_be_is_refused() -> None:
         live.add_page(0, bytes(BLOCK_SIZE - 8))
     with pytest.raises(ProtocolError):
         live.add_page(0, struct.pack("<Q", 1 << 40) + bytes(BLOCK_SIZE - 8))
+
+
+def test_live_indexes_are_found_in_ranges_of_any_order() -> None:
+    ranges = [(7, 9), (1, 3), (1, 2), (0, 6), (20, 20)]
+    live = LiveIndexes(ranges)
+    for index in range(25):
+        assert (index in live) == any(start <= index < end for start, end in ranges)
+    assert 3 not in LiveIndexes([])
