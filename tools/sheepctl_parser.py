@@ -259,6 +259,7 @@ def _add_vdi(area: Area) -> None:
         ["vdi check vm1", "vdi check vm1 --deep"],
     )
     check.thing("name", VDI).flag("--deep", "read every byte of every replica")
+    _add_copies(area)
     put = area.verb(
         "set",
         "keep texts of your own with a VDI or a snapshot",
@@ -277,6 +278,57 @@ def _add_vdi(area: Area) -> None:
         ["vdi get vm1", "vdi get vm1 owner"],
     )
     get.thing("name", ANY).word("key", "only this one", nargs="?", metavar="KEY")
+
+
+def _add_copies(area: Area) -> None:
+    module = "sheepctl_copies"
+    snapshot = area.verb(
+        "snapshot",
+        "keep a VDI as it is now",
+        "Takes milliseconds and no space, also while a VM writes to it on whatever host. The\n"
+        "mount shows it as a file that never changes. Without --freeze it is as a disk after a\n"
+        "power failure; with it, the guest agent of a QEMU on this host flushes and freezes its\n"
+        "file systems meanwhile.",
+        [
+            "vdi snapshot vm1 --tag daily              vm1@daily.raw in the mount",
+            "vdi snapshot vm1                          the tag is the time",
+            "vdi snapshot vm1 --tag daily --freeze /run/vm1-agent.sock",
+        ],
+        module,
+    )
+    snapshot.thing("name", VDI).option("--tag", "TAG", "its name (default: date and time)")
+    snapshot.option("--freeze", "QMP_SOCKET", "of the VM, to freeze its file systems meanwhile")
+    clone = area.verb(
+        "clone",
+        "make a VDI that begins as another, or as a snapshot, and shares its data",
+        "Takes milliseconds, whatever the size. What is written to one is not seen in the other.",
+        ["vdi clone golden vm2", "vdi clone vm1@daily rescue"],
+        module,
+    )
+    clone.thing("source", ANY, "a VDI or a snapshot").word("new", "vm2 makes vm2.raw")
+    rollback = area.verb(
+        "rollback",
+        "make a VDI as one of its snapshots is",
+        "What was written since the snapshot is lost: take another one before. Snapshots stay.",
+        ["vdi rollback vm1 daily"],
+        module,
+    )
+    rollback.thing("name", VDI).word("tag", "of its snapshot", metavar="TAG")
+    area.verb(
+        "flatten",
+        "give a clone data of its own for all that it shares",
+        "Its origin and it then have nothing to do with each other, and it uses its full space.",
+        ["vdi flatten vm2"],
+        module,
+    ).thing("name", VDI)
+    copies = area.verb(
+        "copies",
+        "keep another number of replicas of a VDI",
+        "All its data is copied once. Its snapshots keep the number that they have.",
+        ["vdi copies vm1 3"],
+        module,
+    )
+    copies.thing("name", VDI).number("copies", "N", "1 to 5")
 
 
 def _add_snapshot(area: Area) -> None:
