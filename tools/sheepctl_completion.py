@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sheepfs_tools.sheepctl_parser import ANY, SNAPSHOT, TRASH, VDI, completes
+from sheepfs_tools.sheepctl_commandline import ANY, SNAPSHOT, TRASH, VDI, completes
 
 _LISTS = {
     VDI: ("sheepctl vdi list --names",),
