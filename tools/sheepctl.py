@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sheepfs_tools.sheepctl_parser import build_parser, module_of
+from sheepfs_tools.sheepctl_commandline import module_of
+from sheepfs_tools.sheepctl_parser import build_parser
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sheepfs_tools.sheepctl_parser import ANY, SNAPSHOT, TRASH, VDI, completes
+from sheepfs_tools.sheepctl_commandline import ANY, SNAPSHOT, TRASH, VDI, completes
 
 _LISTS = {
     VDI: ("sheepctl vdi list --names",),
@@ -22,8 +22,8 @@ _LISTS = {
 
 _BASH = """# sheepctl completion: put this into ~/.bashrc:  eval "$(sheepctl completion bash)"
 _sheepctl() {{
-    local current path= word cut= i
-    current=${{COMP_LINE:0:COMP_POINT}}
+    local current command= word cut= i
+    current=${{COMP_LINE:0:$COMP_POINT}}
     current=${{current##*[[:space:]]}}
     # bash takes vm1@daily for three words, and replaces the last one only.
     if [[ $COMP_WORDBREAKS == *@* && $current == *@* ]]; then cut=${{current%@*}}@; fi
@@ -32,7 +32,7 @@ _sheepctl() {{
         case $word in
         --etcd | --cluster) ((i++)) ;;
         -*) ;;
-        *) path="${{path:+$path }}$word" ;;
+        *) command="${{command:+$command }}$word" ;;
         esac
     done
     COMPREPLY=()
@@ -41,13 +41,38 @@ _sheepctl() {{
             COMPREPLY+=("$(printf %q "${{word#"$cut"}}")")
         fi
     done < <(
-        case $path in
+        case $command in
 {cases}
         esac
     )
 }}
 complete -F _sheepctl sheepctl
 """
+
+
+_FISH_START = """# sheepctl completion fish > ~/.config/fish/completions/sheepctl.fish
+function __sheepctl_words
+    set -l skip 0
+    for word in (commandline -opc)[2..-1]
+        if test $skip = 1
+            set skip 0
+        else if contains -- $word --etcd --cluster
+            set skip 1
+        else if not string match -q -- '-*' $word
+            echo $word
+        end
+    end
+end
+function __sheepctl_exactly
+    set -l words (__sheepctl_words)
+    test "$words" = "$argv"
+end
+function __sheepctl_inside
+    set -l words (__sheepctl_words)
+    set -l depth (count $argv)
+    test "$words[1..$depth]" = "$argv"
+end
+complete -c sheepctl -f"""
 
 
 class Level(NamedTuple):
@@ -97,15 +122,11 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def _fish(all_levels: list[Level]) -> str:
-    lines = [
-        "# sheepctl completion fish > ~/.config/fish/completions/sheepctl.fish",
-        "complete -c sheepctl -f",
-    ]
+    lines = [_FISH_START]
     for path, words, options, lists in all_levels:
-        conditions = [f"__fish_seen_subcommand_from {word}" for word in path]
-        if words:
-            conditions.append(f"not __fish_seen_subcommand_from {' '.join(words)}")
-        start = "complete -c sheepctl -n '" + ("; and ".join(conditions) or "true") + "'"
+        # After a command with arguments anything may stand; before one, only what leads to it.
+        inside = "exactly" if words else "inside"
+        start = f"complete -c sheepctl -n '__sheepctl_{inside} {' '.join(path)}'"
         if words:
             lines.append(f"{start} -a '{' '.join(words)}'")
         lines += [f"{start} -l {option[2:]}" for option in options]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Sequence
+
+from sheepfs_tools.sheepctl_commandline import SNAPSHOT, TRASH, VDI, Area, common_options
+from sheepfs_tools.sheepctl_parser_vdi import add_vdi
 
 DESCRIPTION = "Administer a sheepfs cluster: disks, snapshots, the trash, the cluster itself."
 
@@ -31,131 +32,6 @@ exit status:
   0 done, 1 it failed (or the answer is bad news), 2 wrong usage, 130 interrupted
 """
 
-VDI, SNAPSHOT, ANY, TRASH = "vdi", "snapshot", "any", "trash"
-"""What an argument names: completion offers those."""
-
-
-def completes(action: argparse.Action) -> str:
-    """Give what an argument names (VDI, SNAPSHOT, ANY, TRASH); empty: nothing that exists."""
-    return str(getattr(action, "sheepctl_completes", ""))
-
-
-def module_of(arguments: argparse.Namespace) -> str:
-    """Give the module in which the function of a parsed command is."""
-    return str(arguments.module)
-
-
-def _common(defaults: bool) -> argparse.ArgumentParser:
-    """Options that may stand before and after the command."""
-
-    def default(variable: str, value: str) -> str:
-        return os.environ.get(variable) or value if defaults else argparse.SUPPRESS
-
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--etcd",
-        metavar="HOST:PORT[,...]",
-        default=default("SHEEPFS_ETCD", "127.0.0.1:2379"),
-        help="where etcd is (default: $SHEEPFS_ETCD or 127.0.0.1:2379)",
-    )
-    parser.add_argument(
-        "--cluster",
-        metavar="NAME",
-        default=default("SHEEPFS_CLUSTER", "default"),
-        help="which cluster (default: $SHEEPFS_CLUSTER or 'default')",
-    )
-    return parser
-
-
-class Verb:
-    """One command, and its arguments."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._parser = parser
-
-    def thing(
-        self, dest: str, what: str, help: str = "", nargs: str | None = None, metavar: str = ""
-    ) -> Verb:
-        """Add an argument that names something that exists."""
-        action = self._parser.add_argument(
-            dest, nargs=nargs, metavar=metavar or None, help=help or None
-        )
-        action.sheepctl_completes = what  # type: ignore[attr-defined]
-        return self
-
-    def word(self, dest: str, help: str, nargs: str | None = None, metavar: str = "") -> Verb:
-        """Add another argument."""
-        self._parser.add_argument(dest, nargs=nargs, metavar=metavar or None, help=help)
-        return self
-
-    def flag(self, name: str, help: str) -> Verb:
-        """Add an option that is there or not."""
-        self._parser.add_argument(name, action="store_true", help=help)
-        return self
-
-    def option(self, name: str, metavar: str, help: str, default: str | None = None) -> Verb:
-        """Add an option with a text."""
-        self._parser.add_argument(name, metavar=metavar, default=default, help=help)
-        return self
-
-    def number(self, name: str, metavar: str, help: str, default: int | None = None) -> Verb:
-        """Add an option, or an argument, with a number."""
-        if name.startswith("-"):
-            self._parser.add_argument(name, type=int, metavar=metavar, default=default, help=help)
-        else:
-            self._parser.add_argument(name, type=int, metavar=metavar, help=help)
-        return self
-
-
-class Area:
-    """A group of commands, like `sheepctl vdi`."""
-
-    def __init__(
-        self,
-        areas: argparse._SubParsersAction[argparse.ArgumentParser],
-        name: str,
-        summary: str,
-        module: str,
-    ) -> None:
-        self._name = name
-        self._module = module
-        parser = areas.add_parser(name, help=summary, description=_sentence(summary))
-        self._verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
-
-    def verb(
-        self,
-        name: str,
-        summary: str,
-        more: str = "",
-        examples: Sequence[str] = (),
-        module: str = "",
-    ) -> Verb:
-        """Add a command.
-
-        Args:
-            summary: one line for the list of commands, beginning its own help.
-            more: further lines of its help.
-            examples: command lines, the word `sheepctl` left out.
-            module: where its function is, if not in the area's module.
-        """
-        parser: argparse.ArgumentParser = self._verbs.add_parser(
-            name,
-            help=summary,
-            description=_sentence(summary) + ("\n" + more.strip("\n") if more else ""),
-            epilog="examples:\n" + "\n".join(f"  sheepctl {line}" for line in examples)
-            if examples
-            else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=[_common(False)],
-        )
-        parser.add_argument("--json", action="store_true", help="print JSON")
-        parser.set_defaults(module=module or self._module)
-        return Verb(parser)
-
-
-def _sentence(summary: str) -> str:
-    return summary[0].upper() + summary[1:] + "."
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Give the whole command line."""
@@ -164,12 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[_common(True)],
+        parents=[common_options(True)],
     )
     areas = parser.add_subparsers(dest="area", metavar="COMMAND", required=True)
     _add_cluster(Area(areas, "cluster", "the cluster as a whole", "sheepctl_cluster"))
     _add_node(Area(areas, "node", "storage daemons", "sheepctl_cluster"))
-    _add_vdi(Area(areas, "vdi", "virtual disk images", "sheepctl_vdi"))
+    add_vdi(Area(areas, "vdi", "virtual disk images", "sheepctl_vdi"))
     _add_snapshot(Area(areas, "snapshot", "snapshots of VDIs", "sheepctl_snapshot"))
     _add_trash(Area(areas, "trash", "what is deleted and can be restored", "sheepctl_trash"))
     completion = areas.add_parser(
@@ -208,75 +84,6 @@ def _add_cluster(area: Area) -> None:
 
 def _add_node(area: Area) -> None:
     area.verb("list", "all nodes", examples=["node list"])
-
-
-def _add_vdi(area: Area) -> None:
-    create = area.verb(
-        "create",
-        "make an empty VDI; it uses no space until it is written to",
-        examples=["vdi create vm1 20G", "vdi create scratch 1.5TiB --copies 1"],
-    )
-    create.word("name", "vm1 makes vm1.raw").word("size", "like 20G or 10TiB")
-    create.number("--copies", "N", "1 to 5 (default 3)", 3)
-    area.verb("list", "all VDIs", examples=["vdi list", "vdi list --json"]).flag(
-        "--names", "names only, one a line"
-    )
-    area.verb("info", "all about one VDI", examples=["vdi info vm1"]).thing("name", VDI)
-    resize = area.verb(
-        "resize",
-        "grow a VDI (or cut it)",
-        "A VDI in use is resized where it is in use: truncate -s SIZE FILE in that mount.",
-        ["vdi resize vm1 40G", "vdi resize vm1 10G --shrink"],
-    )
-    resize.thing("name", VDI).word("size", "the new size, like 40G")
-    resize.flag("--shrink", "allow to cut off what is beyond")
-    rename = area.verb(
-        "rename",
-        "give a VDI another name",
-        "Also while it is in use. Its snapshots go with it.",
-        ["vdi rename vm1 web"],
-    )
-    rename.thing("name", VDI).word("new", "its new name")
-    delete = area.verb(
-        "delete",
-        "delete VDIs",
-        "A deleted VDI lies in the trash for an hour (sheepctl trash restore). Its snapshots\n"
-        "stay, and keep its name until the last of them is deleted, too. One in use is refused.",
-        ["vdi delete vm1 vm2", "vdi delete vm1 --now"],
-    )
-    delete.thing("name", VDI, nargs="+").flag("--now", "for good: not into the trash")
-    unlock = area.verb(
-        "unlock",
-        "take a VDI from a holder that is dead",
-        "Storage daemons refuse the old holder from then on; any mount can open the VDI.",
-        ["vdi unlock vm1 --force"],
-    )
-    unlock.thing("name", VDI).flag("--force", "also from one that may be alive")
-    check = area.verb(
-        "check",
-        "compare all replicas of a VDI",
-        "Exits with 1 when they differ, or cannot all be asked.",
-        ["vdi check vm1", "vdi check vm1 --deep"],
-    )
-    check.thing("name", VDI).flag("--deep", "read every byte of every replica")
-    put = area.verb(
-        "set",
-        "keep texts of your own with a VDI or a snapshot",
-        "The mount shows them as extended attributes user.KEY. All are set, or none.",
-        [
-            "vdi set vm1 owner=anna ticket=4711",
-            "vdi set vm1@daily note='before the upgrade'",
-            "vdi set vm1 ticket=                 removes it",
-        ],
-    )
-    put.thing("name", ANY).word("pair", "KEY= removes KEY", nargs="+", metavar="KEY=VALUE")
-    get = area.verb(
-        "get",
-        "show what is kept with a VDI or a snapshot",
-        "Exits with 1 when KEY is not there.",
-        ["vdi get vm1", "vdi get vm1 owner"],
-    )
-    get.thing("name", ANY).word("key", "only this one", nargs="?", metavar="KEY")
 
 
 def _add_snapshot(area: Area) -> None:

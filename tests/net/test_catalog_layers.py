@@ -10,10 +10,10 @@ from trio.testing import MockClock
 
 from fakes.etcd import FakeEtcd
 from fakes.snapshot_taker import KEYS, NOW, put, remove, take_snapshot
-from sheepfs.core.errors import ProtocolError, UsageError, VdiNotFoundError
+from sheepfs.core.errors import ProtocolError, UnreachableError, UsageError, VdiNotFoundError
 from sheepfs.core.geometry import copies_of, serial_of, tag_of
-from sheepfs.core.kv import Transaction
-from sheepfs.core.metadata import LayerRecord
+from sheepfs.core.kv import Put, Transaction
+from sheepfs.core.metadata import LayerRecord, LockRecord
 from sheepfs.net.catalog import Catalog, Change, RootMap
 from sheepfs.net.store import LeaseGoneError
 
@@ -210,3 +210,81 @@ async def test_layer_that_is_being_built_is_not_forgotten(
     assert [family for family, _ in await catalog.reclaim_wanted()] == [made.family]
     assert await catalog.forget_layer(layer)
     assert (await catalog.roots(made.family)).layers == {made.layer}
+
+
+async def test_layers_and_maps_of_attached_vdis_are_held(
+    catalog: Catalog, fake_etcd: FakeEtcd
+) -> None:
+    made = await catalog.create("vm1", 0)
+    await take_snapshot(catalog, fake_etcd, "vm1", "t")
+    await catalog.update("vm1", lambda r: dataclasses.replace(r, next=4711))
+    assert (await catalog.roots(made.family)).held == set()
+    await put(fake_etcd, KEYS.lock(made.id), LockRecord(made.id, 1, "host1:1:/mnt").encode())
+    record, _ = await catalog.vdi("vm1")
+    assert (await catalog.roots(made.family)).held == {record.layer, 4711, record.map}
+
+
+async def test_layers_are_found_by_the_vdi_that_they_were_born_for(
+    catalog: Catalog, fake_etcd: FakeEtcd
+) -> None:
+    one = await catalog.create("vm1", 0)
+    other = await catalog.create("vm2", 0)
+    lease = await fake_etcd.grant(10)
+    more = await catalog.begin_layers(one.id, one.family, 3, 2, lease)
+    assert await catalog.layers_of(one.id) == {one.layer, *more}
+    assert await catalog.layers_of(other.id) == {other.layer}
+
+
+async def test_new_ids_are_never_those_of_vdis(catalog: Catalog) -> None:
+    one = await catalog.create("vm1", 0)
+    taken = [await catalog.new_id(), await catalog.new_id()]
+    other = await catalog.create("vm2", 0)
+    assert len({one.id, other.id, *taken}) == 4
+
+
+async def test_pool_is_asked_for_once(catalog: Catalog, fake_etcd: FakeEtcd) -> None:
+    await catalog.want_pool(4)
+    revision = fake_etcd.server.revision
+    await catalog.want_pool(4)
+    assert fake_etcd.server.revision == revision
+    assert await fake_etcd.get(KEYS.pool(4)) is not None
+    with pytest.raises(UsageError):
+        await catalog.want_pool(6)
+
+
+@pytest.mark.parametrize("happens", [True, False])
+async def test_change_whose_answer_got_lost_is_made_once(
+    catalog: Catalog, fake_etcd: FakeEtcd, autojump_clock: MockClock, happens: bool
+) -> None:
+    rounds = []
+
+    async def decide(change: Change) -> None:
+        rounds.append(1)
+        change.unchanged(KEYS.pool(5), None)
+        change.changes.append(Put(KEYS.pool(5), b""))
+
+    async def is_done() -> bool:
+        return await fake_etcd.get(KEYS.pool(5)) is not None
+
+    if happens:
+        fake_etcd.lose_next_reply()
+    else:
+        fake_etcd.fail_next_commit()
+    await catalog.commit_surely(decide, is_done)
+    assert await is_done()
+    assert len(rounds) == (1 if happens else 2)
+
+
+async def test_change_is_given_up_while_etcd_stays_away(
+    catalog: Catalog, fake_etcd: FakeEtcd, autojump_clock: MockClock
+) -> None:
+    async def decide(change: Change) -> None:
+        change.changes.append(Put(KEYS.pool(5), b""))
+
+    async def is_done() -> bool:
+        return await fake_etcd.get(KEYS.pool(5)) is not None
+
+    fake_etcd.partition()
+    with pytest.raises(UnreachableError):
+        await catalog.commit_surely(decide, is_done)
+    assert trio.current_time() >= 30

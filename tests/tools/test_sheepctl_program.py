@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
-import importlib
 import io
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from sheepfs_tools import sheepctl_parser
 from sheepfs_tools.sheepctl_completion import completion, levels
 from sheepfs_tools.sheepctl_parser import build_parser
 
@@ -81,15 +83,22 @@ def test_completion_knows_every_command(shell: str) -> None:
 
 
 def test_every_command_has_its_function() -> None:
-    parser = build_parser()
-    for level in levels(parser):
-        if len(level.path) == 2:
-            child = parser
-            for word in level.path:
-                (found,) = (a for a in child._actions if isinstance(a, argparse._SubParsersAction))
-                child = found.choices[word]
-            module = importlib.import_module(f"sheepfs_tools.{child.get_default('module')}")
-            assert callable(getattr(module, "_".join(level.path)))
+    tools = Path(sheepctl_parser.__file__).parent
+    for path, child in commands(build_parser()):
+        module = ast.parse((tools / f"{child.get_default('module')}.py").read_text())
+        functions = {f.name for f in module.body if isinstance(f, ast.AsyncFunctionDef)}
+        assert "_".join(path) in functions
+
+
+def commands(
+    parser: argparse.ArgumentParser, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                yield from commands(child, (*path, name))
+    if len(path) == 2:
+        yield path, parser
 
 
 def test_every_command_explains_itself() -> None:
