@@ -181,6 +181,15 @@ class Image:
         if pending:
             yield pending
 
+    async def is_same_map(self, other: Image) -> bool:
+        """Tell whether both maps name the same objects, as before the first write to either."""
+        if self.size != other.size:
+            return False
+        async with aclosing(self._differing(other)) as places:
+            async for _ in places:
+                return False
+        return True
+
     async def _differing(self, older: Image) -> AsyncGenerator[tuple[int, int, int], None]:
         """Give (index, owner here, owner in `older`) where the two maps differ, in order."""
         end = object_count(self.size)
