@@ -15,8 +15,8 @@ from sheepfs.core.errors import HeldElsewhereError, SheepError, UsageError, VdiN
 from sheepfs.core.metadata import check_copies, check_vdi_size
 from sheepfs.image import Change
 from sheepfs.pipeline import in_order
+from sheepfs_tools.file_copy import data_ranges
 from sheepfs_tools.progress import Moved, progress
-from sheepfs_tools.sheep_cp import data_ranges
 from sheepfs_tools.transfer_access import (
     IN_FLIGHT,
     Access,

@@ -126,7 +126,7 @@ class MemoryAccess:
         vdi = self.vdi(name)
         if vdi.holder is not None:
             raise HeldElsewhereError(f"{name} is in use")
-        vdi.blocks = {i: bytearray(b) for i, b in self._snapshots[found.vdi][tag].blocks.items()}
+        vdi.blocks = {i: bytes(b) for i, b in self._snapshots[found.vdi][tag].blocks.items()}
         vdi.size = found.size
 
     @asynccontextmanager
