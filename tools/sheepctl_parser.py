@@ -80,6 +80,14 @@ def _add_cluster(area: Area) -> None:
         "Exits with 1 when a placement group has no member that serves: writes wait there.",
         ["cluster status", "cluster status --json"],
     )
+    area.verb(
+        "check",
+        "do maps and objects agree?",
+        "Looks for objects that a map names and no node has, and for objects that no map names.\n"
+        "May run while VDIs are in use. Exits with 1 when something is found.",
+        ["cluster check", "cluster check --repair"],
+        "sheepctl_consistency",
+    ).flag("--repair", "remove what no map names; copy what a replica lacks")
 
 
 def _add_node(area: Area) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sheepfs_tools.sheepctl_commandline import ANY, VDI, Area
+from sheepfs_tools.sheepctl_parser_data import add_data_commands
 
 
 def add_vdi(area: Area) -> None:
@@ -21,7 +22,7 @@ def add_vdi(area: Area) -> None:
     resize = area.verb(
         "resize",
         "grow a VDI (or cut it)",
-        "A VDI in use is resized where it is in use: truncate -s SIZE FILE in that mount.",
+        "Also while it is in use, on whatever host; QEMU learns of it by its block_resize.",
         ["vdi resize vm1 40G", "vdi resize vm1 10G --shrink"],
     )
     resize.thing("name", VDI).word("size", "the new size, like 40G")
@@ -56,6 +57,7 @@ def add_vdi(area: Area) -> None:
     )
     check.thing("name", VDI).flag("--deep", "read every byte of every replica")
     _add_copies(area)
+    add_data_commands(area)
     put = area.verb(
         "set",
         "keep texts of your own with a VDI or a snapshot",
@@ -113,7 +115,8 @@ def _add_copies(area: Area) -> None:
     area.verb(
         "flatten",
         "give a clone data of its own for all that it shares",
-        "Its origin and it then have nothing to do with each other, and it uses its full space.",
+        "Its origin and it then have nothing to do with each other. Nodes copy what they shared\n"
+        "only when one of the two is deleted or changed.",
         ["vdi flatten vm2"],
         module,
     ).thing("name", VDI)
