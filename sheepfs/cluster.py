@@ -66,8 +66,8 @@ class Cluster:
         self.on_change: list[OnChange] = []
         self.catalog = catalog
         self.router = router
-        self._store = store
-        self._keys = keys
+        self.store = store
+        self.keys = keys
         self._owner = owner
         self._nursery = nursery
         self._volumes: dict[int, Volume | FrozenVolume] = {}
@@ -255,7 +255,7 @@ class Cluster:
     async def attach(self, vdi: int) -> Attachment:
         """Become the holder of a VDI (for Volume). Raises HeldElsewhereError."""
         keeper = await self._lease()
-        attachment = await attach(self._store, self._keys, vdi, self._owner, keeper, self._fence)
+        attachment = await attach(self.store, self.keys, vdi, self._owner, keeper, self._fence)
         self._listing.forget()
         return attachment
 
@@ -264,7 +264,7 @@ class Cluster:
 
     async def is_held(self, vdi: int) -> bool:
         """Tell whether any mount holds the VDI."""
-        return await self._store.get(self._keys.lock(vdi)) is not None
+        return await self.store.get(self.keys.lock(vdi)) is not None
 
     async def save(self, attachment: Attachment, record: VdiRecord) -> None:
         """Keep a held VDI's size and usage in etcd."""
@@ -300,7 +300,7 @@ class Cluster:
         """One lease for all VDIs that this mount holds."""
         async with self._keeper_lock:
             if self._keeper is None or self._keeper.lost.is_set():
-                keeper = LeaseKeeper(self._store, LEASE_TTL_S)
+                keeper = LeaseKeeper(self.store, LEASE_TTL_S)
                 await self._nursery.start(keeper.run)
                 self._nursery.start_soon(self._watch_lease, keeper)
                 self._keeper = keeper
@@ -334,7 +334,7 @@ class Cluster:
             except SheepError as error:
                 log.error("VDI %s: %s", volume.name, error)
         if self._keeper is not None and not self._keeper.lost.is_set():
-            await self._store.revoke(self._keeper.lease)
+            await self.store.revoke(self._keeper.lease)
 
     # -- snapshots and shares ---------------------------------------------------------------
 
@@ -398,7 +398,7 @@ class Cluster:
                 except HeldElsewhereError:
                     lease = (await self._lease()).lease
                     try:
-                        await ask(self._store, self._keys, vdi, what, arguments, lease)
+                        await ask(self.store, self.keys, vdi, what, arguments, lease)
                         break
                     except RetryableError as error:
                         # The holder let it go meanwhile, or another took it.
@@ -476,12 +476,12 @@ class Cluster:
         try:
             await self._listing.by_id(item)
         except VdiNotFoundError:
-            if await self._store.get(self._keys.trashed(item)) is None:
+            if await self.store.get(self.keys.trashed(item)) is None:
                 raise
 
     async def follow(self) -> None:
         """Let open volumes see at once what others changed in their records."""
-        async with self._store.watch(self._keys.vdis) as hints:
+        async with self.store.watch(self.keys.vdis) as hints:
             async for _ in hints:
                 if any(v.attachment is None for v in self._volumes.values()):
                     self._listing.forget()

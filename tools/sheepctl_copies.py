@@ -6,8 +6,14 @@ import argparse
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 
 from sheepfs.cluster import Cluster
 from sheepfs.connecting import connect
@@ -22,8 +28,7 @@ from sheepfs.core.metadata import (
     split_name,
 )
 from sheepfs.volume import Volume
-from sheepfs_tools.progress import progress
-from sheepfs_tools.qmp import frozen_guest
+from sheepfs_tools.progress import Moved, progress
 from sheepfs_tools.sheepctl_output import print_json, printable
 
 
@@ -60,6 +65,23 @@ async def find(cluster: Cluster, text: str) -> tuple[str, int]:
     raise VdiNotFoundError(f"there is no {what} {printable(text)!r}: sheepctl {lists} shows all")
 
 
+@contextmanager
+def objects_progress(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that is told (objects done, objects in all), shown as a bar."""
+    with ExitStack() as stack:
+        moved: Moved | None = None
+        before = 0
+
+        def told(done: int, total: int) -> None:
+            nonlocal moved, before
+            if moved is None:
+                moved = stack.enter_context(progress(title, total * OBJECT_SIZE, quiet))
+            moved((done - before) * OBJECT_SIZE)
+            before = done
+
+        yield told
+
+
 async def vdi_snapshot(arguments: argparse.Namespace) -> int:
     """Keep a VDI as it is now; works while a VM writes to it, on whatever host."""
     tag = arguments.tag or time.strftime("%Y-%m-%d-%H%M%S")
@@ -68,7 +90,12 @@ async def vdi_snapshot(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{printable(arguments.name)} is a snapshot: clone it to change it")
     async with as_mount(arguments) as cluster:
         name, vdi = await find(cluster, arguments.name)
-        freezing = frozen_guest(arguments.freeze) if arguments.freeze else nullcontext()
+        freezing: AbstractAsyncContextManager[object] = nullcontext()
+        if arguments.freeze:
+            # Imported late: most snapshots are taken without.
+            from sheepfs_tools.qmp import frozen_guest
+
+            freezing = frozen_guest(arguments.freeze)
         async with freezing:
             start = time.monotonic()
             made = await cluster.snapshot(vdi, tag)
@@ -117,10 +144,8 @@ async def vdi_flatten(arguments: argparse.Namespace) -> int:
         async with cluster.opened(vdi) as volume:
             if not isinstance(volume, Volume):
                 raise UsageError(f"{printable(name)} is a snapshot: clone it, then flatten that")
-            with progress(f"flattening {name}", 0, arguments.json) as bar:
-                await cluster.snapshots.flatten(
-                    volume, lambda done, total: bar(done * OBJECT_SIZE, total * OBJECT_SIZE)
-                )
+            with objects_progress(f"flattening {name}", arguments.json) as told:
+                await cluster.snapshots.flatten(volume, told)
     if arguments.json:
         print_json({"name": name})
     else:
@@ -136,12 +161,8 @@ async def vdi_copies(arguments: argparse.Namespace) -> int:
         async with cluster.opened(vdi) as volume:
             if not isinstance(volume, Volume):
                 raise UsageError(f"{printable(name)} is a snapshot: it keeps its copies")
-            with progress(f"copying {name}", 0, arguments.json) as bar:
-                await cluster.snapshots.change_copies(
-                    volume,
-                    arguments.copies,
-                    lambda done, total: bar(done * OBJECT_SIZE, total * OBJECT_SIZE),
-                )
+            with objects_progress(f"copying {name}", arguments.json) as told:
+                await cluster.snapshots.change_copies(volume, arguments.copies, told)
     if arguments.json:
         print_json({"name": name, "copies": arguments.copies})
     else:

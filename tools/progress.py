@@ -1,0 +1,59 @@
+"""A progress bar with rate and time left, for what takes longer than a second."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+AFTER_S = 1.0
+
+Moved = Callable[[int], None]
+"""Called with the number of bytes done since the last call."""
+
+
+@contextlib.contextmanager
+def progress(title: str, total_bytes: int | None, quiet: bool) -> Iterator[Moved]:
+    """Show a bar on a terminal (standard error); elsewhere nothing.
+
+    Args:
+        total_bytes: None when it is not known before the end.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda _count: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=total_bytes)
+    began = time.monotonic()
+    shown = False
+
+    def moved(count: int) -> None:
+        nonlocal shown
+        bar.update(task, advance=count)
+        if not shown and time.monotonic() - began > AFTER_S:
+            shown = True
+            bar.start()
+
+    try:
+        yield moved
+    finally:
+        if shown:
+            bar.stop()
