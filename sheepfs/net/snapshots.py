@@ -7,12 +7,15 @@ Source: docs/snapshots.md.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 
 from sheepfs.core.errors import (
+    ProtocolError,
     SnapshotExistsError,
     SnapshotNotFoundError,
     SnapshotProtectedError,
 )
+from sheepfs.core.kv import Unchanged
 from sheepfs.core.metadata import (
     NameRecord,
     SnapshotRecord,
@@ -119,3 +122,24 @@ class SnapshotCatalog(TrashCatalog):
             return changed
 
         return await self._commit(decide)
+
+    async def still_kept(self, record: SnapshotRecord) -> Unchanged:
+        """Give the condition under which all that a snapshot's map names is still there.
+
+        For who makes something of a copy of that map: with this in the transaction that puts its
+        record, reclaim has seen the snapshot or the new record at every moment. A snapshot that is
+        purged never comes back, so one look at the end is enough.
+
+        Raises:
+            SnapshotNotFoundError: it was purged, and what it named may be gone.
+        """
+        for _ in range(2):  # it may be restored between the two reads
+            found, _ = await self._store.list(self._keys.snapshots_of(record.vdi))
+            for kv in found:
+                with suppress(ProtocolError):  # another one, of a newer format
+                    if SnapshotRecord.decode(kv.value).id == record.id:
+                        return Unchanged(kv.key, kv.mod_revision)
+            trashed = await self._store.get(self._keys.trashed(record.id))
+            if trashed is not None:
+                return Unchanged(trashed.key, trashed.mod_revision)
+        raise SnapshotNotFoundError("the snapshot was deleted for good meanwhile")

@@ -23,6 +23,7 @@ from sheepfs.core.errors import (
     VdiExistsError,
     VdiNotFoundError,
 )
+from sheepfs.core.kv import Transaction
 from sheepfs.core.metadata import NameRecord, RetiredRecord, SnapshotRecord
 from sheepfs.net.catalog import Catalog
 
@@ -314,3 +315,24 @@ async def test_snapshot_whose_record_cannot_be_read_says_so(
     await put(fake_etcd, KEYS.snapshot(made.id, "new"), b'{"format": 3}')
     with pytest.raises(ProtocolError, match="format 3"):
         await catalog.snapshot("vm1.raw", "new")
+
+
+async def test_snapshot_is_still_kept_wherever_it_is_until_it_is_purged(
+    catalog: Catalog, fake_etcd: FakeEtcd
+) -> None:
+    made = await catalog.create("vm1.raw", 0)
+    snapshot = await take_snapshot(catalog, fake_etcd, "vm1.raw", "a")
+    await put(fake_etcd, KEYS.snapshot(made.id, "new"), b'{"format": 3}')
+    first = await catalog.still_kept(snapshot)
+    assert first.key == KEYS.snapshot(made.id, "a")
+    await catalog.rename_snapshot("vm1.raw", "a", "b")
+    assert (await catalog.still_kept(snapshot)).key == KEYS.snapshot(made.id, "b")
+    await catalog.delete_snapshot("vm1.raw", "b")
+    kept = await catalog.still_kept(snapshot)
+    assert kept.key == KEYS.trashed(snapshot.id)
+    assert await fake_etcd.commit(Transaction([kept], [])) is not None
+    await catalog.purge()
+    for condition in (first, kept):
+        assert await fake_etcd.commit(Transaction([condition], [])) is None
+    with pytest.raises(SnapshotNotFoundError):
+        await catalog.still_kept(snapshot)
