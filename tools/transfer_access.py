@@ -245,6 +245,7 @@ class OpenImage:
     async def extents(self) -> AsyncGenerator[tuple[int, int]]:
         """Give the ranges [start, end) that may hold data, in order."""
         end = 0
-        while (start := await self._volume.seek_data(end)) is not None:
+        # A volume that names data at or past its end would be asked for ever.
+        while end < self.size and (start := await self._volume.seek_data(end)) is not None:
             end = await self._volume.seek_hole(start)
             yield start, end
