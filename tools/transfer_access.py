@@ -94,7 +94,10 @@ class Access(Protocol):
         ...
 
     def open(self, name: str) -> AbstractAsyncContextManager[OpenVolume]:
-        """Open a VDI; the block's end closes it (and so flushes and detaches)."""
+        """Open a VDI; the block's end closes it (and so flushes and detaches), also when cancelled.
+
+        So the end is shielded: what comes behind it deletes the VDI, or rolls it back.
+        """
         ...
 
 
