@@ -226,3 +226,47 @@ def test_a_snapshot_and_a_clone_of_a_full_disk_are_instant_and_take_no_space(
     assert taken < 5_000_000
     assert snapshot_s < 0.5
     assert clone_s < 0.5
+
+
+async def test_a_thousand_snapshots_cost_as_little_each_as_ten(
+    mounted: Mounted, soak: bool
+) -> None:
+    count, size = (1_000, 16 * OBJECT_SIZE) if soak else (60, 4 * OBJECT_SIZE)
+    cluster = mounted.cluster
+    path = mounted.create("chain", str(size))
+    fresh = mounted.create("fresh", str(size))
+    content = Random(6).randbytes(size)
+    for target in (path, fresh):
+        with target.open("r+b", buffering=0) as file:
+            file.write(content)
+            os.fsync(file.fileno())
+    took: list[float] = []
+    with path.open("r+b", buffering=0) as file:
+        async with connect(cluster.etcd_address, cluster.cluster, "chain") as here:
+            vdi = (await here.lookup("chain.raw")).id
+            for i in range(count):
+                # One block of the last object changes: the others stay as old as they are.
+                os.pwrite(file.fileno(), STAMP.pack(i, 0) * 256, size - BLOCK)
+                start = time.monotonic()
+                await here.snapshot(vdi, f"n{i}")
+                took.append(time.monotonic() - start)
+    early, late = (sorted(part)[len(part) // 2] for part in (took[5:15], took[-10:]))
+    oldest = mounted.path / "chain@n0.raw"
+
+    def read(target: Path) -> float:
+        return seconds(lambda: run("cmp", target, "/dev/null", check=False)) and seconds(
+            lambda: run("dd", f"if={target}", "of=/dev/null", "bs=1M", "iflag=direct")
+        )
+
+    ratios = sorted(read(path) / read(fresh) for _ in range(9))
+    print(
+        f"{count} snapshots: the 10th {early * 1000:.0f} ms, the last {late * 1000:.0f} ms;"
+        f" reading behind the chain takes {ratios[4]:.2f} times as long ({ratios[0]:.2f} to"
+        f" {ratios[-1]:.2f})"
+    )
+    assert oldest.read_bytes()[: size - BLOCK] == content[: size - BLOCK]
+    assert late < 2 * early
+    if soak:
+        assert ratios[4] < 1.1
+    opened = min(seconds(lambda: os.close(os.open(path, os.O_RDONLY))) for _ in range(5))
+    assert opened < 0.1
