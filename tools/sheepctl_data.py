@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 
@@ -152,7 +153,7 @@ def _as_json(findings: Findings) -> dict[str, object]:
 
 
 def _show(findings: Findings) -> None:
-    kinds: tuple[tuple[dict[int, list[str]] | dict[int, list[int]], str], ...] = (
+    kinds: tuple[tuple[Mapping[int, Sequence[object]], str], ...] = (
         (findings.dangling, "is on no node, and named by"),
         (findings.missing, "is missing on nodes"),
         (findings.orphans, "is named by nothing, and on nodes"),
