@@ -153,6 +153,15 @@ class Volume(MapOwner):
         self._borrowed = self._borrowed or self.attachment is None
         await self._attach()
 
+    async def level(self) -> None:
+        """Make all replicas equal, as a holder does first; nobody holds the VDI afterwards.
+
+        Raises: HeldElsewhereError, SheepError.
+        """
+        await self.borrow()
+        await self._converged.wait()
+        await self.give_back()
+
     async def give_back(self) -> None:
         """Let the VDI go if it was attached by `borrow` alone."""
         if self._borrowed:

@@ -1,51 +1,41 @@
-"""The commands that move a VDI's data in and out, and the check of the whole cluster."""
+"""The commands that move data in and out: import, export, backup, restore, diff."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 
-from sheepfs.core.geometry import describe_oid
-from sheepfs.image import Change
-from sheepfs_tools.cluster_check import ClusterCheck, Findings
-from sheepfs_tools.sheepctl_backup import BackedUp, Restored, backup, restore
+from sheepfs_tools import sheepctl_backup, sheepctl_transfer
+from sheepfs_tools.cluster_access import ClusterAccess
 from sheepfs_tools.sheepctl_copies import as_mount
 from sheepfs_tools.sheepctl_output import print_json, print_table, printable
-from sheepfs_tools.sheepctl_transfer import Exported, Imported, diff, export_image, import_image
 from sheepfs_tools.sizes import format_size
-from sheepfs_tools.transfer_access import Access
-from sheepfs_tools.transfer_files import STREAM
-
-SHOWN = 20
-"""Objects of each kind that are shown; --json has all."""
 
 
-def open_access(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Access]:
-    """Connect, as import, export, backup and restore want to see a cluster."""
-    raise NotImplementedError
+@asynccontextmanager
+async def _access(arguments: argparse.Namespace) -> AsyncIterator[ClusterAccess]:
+    async with as_mount(arguments) as cluster:
+        yield ClusterAccess(cluster)
 
 
-def _tell(
-    arguments: argparse.Namespace, done: Imported | Exported | BackedUp | Restored, text: str
-) -> int:
-    """Print the outcome; not between the data when that goes to standard output."""
-    is_output = isinstance(done, Exported | BackedUp) and done.file == STREAM
-    if is_output:
-        print(f"sheepctl: {text}", file=sys.stderr)
-    elif arguments.json:
-        print_json(asdict(done))
+def _say(arguments: argparse.Namespace, outcome: object, text: str) -> int:
+    """Print an outcome: JSON, or a line that does not go where the data goes."""
+    if arguments.json:
+        if getattr(arguments, "file", "") == "-" and arguments.verb in ("export", "backup"):
+            return 0
+        print_json(asdict(outcome))  # type: ignore[call-overload]
     else:
-        print(text)
+        print(text, file=sys.stderr if getattr(arguments, "file", "") == "-" else sys.stdout)
     return 0
 
 
 async def vdi_import(arguments: argparse.Namespace) -> int:
-    """Make a VDI of an image."""
-    async with open_access(arguments) as access:
-        done = await import_image(
+    """Make a VDI of a disk image; zeros are not stored."""
+    async with _access(arguments) as access:
+        done = await sheepctl_transfer.import_image(
             access,
             arguments.file,
             arguments.name,
@@ -53,14 +43,14 @@ async def vdi_import(arguments: argparse.Namespace) -> int:
             copies=arguments.copies,
             quiet=arguments.json,
         )
-    text = f"Imported {done.name}: {format_size(done.size)}, {format_size(done.data)} of data"
-    return _tell(arguments, done, text)
+    text = f"{done.name}: {format_size(done.size)}, {format_size(done.data)} of it data"
+    return _say(arguments, done, text)
 
 
 async def vdi_export(arguments: argparse.Namespace) -> int:
-    """Write a snapshot or a VDI to an image."""
-    async with open_access(arguments) as access:
-        done = await export_image(
+    """Write a VDI or snapshot to a disk image; holes stay holes."""
+    async with _access(arguments) as access:
+        done = await sheepctl_transfer.export_image(
             access,
             arguments.name,
             arguments.file,
@@ -68,17 +58,14 @@ async def vdi_export(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             quiet=arguments.json,
         )
-    text = (
-        f"Exported {printable(done.source)} as {done.format}: {format_size(done.size)},"
-        f" {format_size(done.data)} of data"
-    )
-    return _tell(arguments, done, text)
+    text = f"{printable(done.source)}: {format_size(done.data)} of data written ({done.format})"
+    return _say(arguments, done, text)
 
 
 async def vdi_backup(arguments: argparse.Namespace) -> int:
-    """Write a snapshot, or what changed since another, to a backup."""
-    async with open_access(arguments) as access:
-        done = await backup(
+    """Write a snapshot, or what changed since an older one, as a checked stream."""
+    async with _access(arguments) as access:
+        done = await sheepctl_backup.backup(
             access,
             arguments.name,
             arguments.file,
@@ -87,83 +74,36 @@ async def vdi_backup(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             quiet=arguments.json,
         )
-    since = f" since {printable(done.since)}" if done.since else ""
-    text = (
-        f"Backed up {printable(done.source)}{since}: {format_size(done.data)} of data in"
-        f" {format_size(done.length)}"
-    )
-    return _tell(arguments, done, text)
+    return _say(arguments, done, f"{printable(done.source)}: {format_size(done.data)} of data")
 
 
 async def vdi_restore(arguments: argparse.Namespace) -> int:
-    """Make a VDI of a backup, or bring one forward."""
-    async with open_access(arguments) as access:
-        done = await restore(
-            access, arguments.file, arguments.name, copies=arguments.copies, quiet=arguments.json
+    """Make a VDI of a backup, or bring one up to an increment; all is checked before."""
+    async with _access(arguments) as access:
+        done = await sheepctl_backup.restore(
+            access,
+            arguments.file,
+            arguments.name,
+            copies=arguments.copies,
+            quiet=arguments.json,
         )
-    text = f"{printable(done.name)} is as {printable(done.tag)} was: {format_size(done.size)}"
-    return _tell(arguments, done, text)
+    return _say(arguments, done, f"{printable(done.name)} is as its snapshot {done.tag} was")
 
 
 async def vdi_diff(arguments: argparse.Namespace) -> int:
-    """Show in which parts two snapshots differ."""
-    async with open_access(arguments) as access:
-        found = await diff(access, arguments.old, arguments.new)
+    """Show which ranges differ between two snapshots of a VDI, or a snapshot and the VDI."""
+    async with _access(arguments) as access:
+        done = await sheepctl_transfer.diff(access, arguments.older, arguments.newer)
     if arguments.json:
-        print_json(asdict(found))
+        print_json(asdict(done))
         return 0
-    rows = ((change.start, change.end - change.start, _kind(change)) for change in found.changes)
-    if found.changes:
-        print_table((">OFFSET", ">BYTES", ""), rows)
-    if found.older_size != found.newer_size:
-        print(f"size: {format_size(found.older_size)}, then {format_size(found.newer_size)}")
-    print(f"{format_size(found.data)} of other data, {format_size(found.zeros)} of zeros instead")
-    return 0
-
-
-def _kind(change: Change) -> str:
-    return "data" if change.is_data else "zeros"
-
-
-async def cluster_check(arguments: argparse.Namespace) -> int:
-    """Compare maps and objects. Exit 1 when something is wrong, and not repaired."""
-    async with as_mount(arguments) as cluster:
-        check = ClusterCheck(cluster)
-        findings = await check.run()
-        if arguments.repair and not findings.clean:
-            if not arguments.json:
-                _show(findings)
-                print("repairing")
-            await check.repair(findings)
-            findings = await check.run()
-    if arguments.json:
-        print_json({"clean": findings.clean, **_as_json(findings)})
-    else:
-        _show(findings)
-        verdict = "maps and objects agree" if findings.clean else "NOT ALL IS WELL"
-        print(f"{findings.objects} objects, {findings.replicas} replicas: {verdict}")
-    return 0 if findings.clean else 1
-
-
-def _as_json(findings: Findings) -> dict[str, object]:
-    facts = asdict(findings)
-    for kind in ("dangling", "missing", "orphans", "misplaced"):
-        facts[kind] = {describe_oid(oid): value for oid, value in facts[kind].items()}
-    return facts
-
-
-def _show(findings: Findings) -> None:
-    kinds: tuple[tuple[Mapping[int, Sequence[object]], str], ...] = (
-        (findings.dangling, "is on no node, and named by"),
-        (findings.missing, "is missing on nodes"),
-        (findings.orphans, "is named by nothing, and on nodes"),
-        (findings.misplaced, "does not belong on nodes"),
+    if done.changes:
+        print_table(
+            (">OFFSET", ">LENGTH", "NOW"),
+            ((c.start, c.end - c.start, "data" if c.is_data else "zeros") for c in done.changes),
+        )
+    print(
+        f"{format_size(done.data)} changed, {format_size(done.zeros)} became zeros"
+        f" ({format_size(done.older_size)}, now {format_size(done.newer_size)})"
     )
-    for found, what in kinds:
-        for oid, where in list(found.items())[:SHOWN]:
-            places = ", ".join(printable(str(place)) for place in where)
-            print(f"{describe_oid(oid)} {what} {places}")
-        if len(found) > SHOWN:
-            print(f"... and {len(found) - SHOWN} more: --json shows all")
-    for node, problem in findings.unanswered.items():
-        print(f"node {node} could not be asked: {problem}")
+    return 0

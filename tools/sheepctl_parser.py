@@ -80,17 +80,14 @@ def _add_cluster(area: Area) -> None:
         "Exits with 1 when a placement group has no member that serves: writes wait there.",
         ["cluster status", "cluster status --json"],
     )
-    check = area.verb(
+    area.verb(
         "check",
         "do maps and objects agree?",
-        "Finds objects that a map names and no node has, and objects that no map names. What\n"
-        "seems wrong is looked at again. Exits with 1 when something is wrong.",
+        "Looks for objects that a map names and no node has, and for objects that no map names.\n"
+        "May run while VDIs are in use. Exits with 1 when something is found.",
         ["cluster check", "cluster check --repair"],
-        "sheepctl_data",
-    )
-    check.flag(
-        "--repair", "ask the nodes to copy what lacks replicas, and to remove what is unused"
-    )
+        "sheepctl_consistency",
+    ).flag("--repair", "remove what no map names; copy what a replica lacks")
 
 
 def _add_node(area: Area) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sheepfs_tools.sheepctl_commandline import ANY, SNAPSHOT, VDI, Area
+from sheepfs_tools.sheepctl_commandline import ANY, VDI, Area
+from sheepfs_tools.sheepctl_parser_data import add_data_commands
 
 
 def add_vdi(area: Area) -> None:
@@ -21,7 +22,7 @@ def add_vdi(area: Area) -> None:
     resize = area.verb(
         "resize",
         "grow a VDI (or cut it)",
-        "A VDI in use is resized where it is in use: truncate -s SIZE FILE in that mount.",
+        "Also while it is in use, on whatever host; QEMU learns of it by its block_resize.",
         ["vdi resize vm1 40G", "vdi resize vm1 10G --shrink"],
     )
     resize.thing("name", VDI).word("size", "the new size, like 40G")
@@ -56,7 +57,7 @@ def add_vdi(area: Area) -> None:
     )
     check.thing("name", VDI).flag("--deep", "read every byte of every replica")
     _add_copies(area)
-    _add_data(area)
+    add_data_commands(area)
     put = area.verb(
         "set",
         "keep texts of your own with a VDI or a snapshot",
@@ -114,7 +115,8 @@ def _add_copies(area: Area) -> None:
     area.verb(
         "flatten",
         "give a clone data of its own for all that it shares",
-        "Its origin and it then have nothing to do with each other, and it uses its full space.",
+        "Its origin and it then have nothing to do with each other. Nodes copy what they shared\n"
+        "only when one of the two is deleted or changed.",
         ["vdi flatten vm2"],
         module,
     ).thing("name", VDI)
@@ -126,73 +128,3 @@ def _add_copies(area: Area) -> None:
         module,
     )
     copies.thing("name", VDI).number("copies", "N", "1 to 5")
-
-
-def _add_data(area: Area) -> None:
-    module = "sheepctl_data"
-    imported = area.verb(
-        "import",
-        "make a VDI from an image",
-        "Holes stay holes. Formats other than raw need qemu-img, and space for the raw image in\n"
-        "$TMPDIR. - is standard input (raw). When it fails nothing is left behind.",
-        [
-            "vdi import debian-12.qcow2 vm1",
-            "vdi import disk.raw scratch --copies 2",
-            "vdi import - vm1 < disk.raw",
-        ],
-        module,
-    )
-    imported.word("file", "an image; - is standard input", metavar="FILE")
-    imported.word("name", "vm1 makes vm1.raw")
-    imported.option("--format", "FORMAT", "raw, qcow2, vmdk, vdi or vhdx (default: by the file)")
-    imported.number("--copies", "N", "1 to 5 (default 3)", 3)
-    export = area.verb(
-        "export",
-        "write a snapshot, or a VDI that is not in use, to an image",
-        "Holes stay holes. Formats other than raw need qemu-img. - is standard output (raw). The\n"
-        "file appears when it is whole and on stable storage.",
-        ["vdi export vm1@daily vm1.qcow2", "vdi export vm1 - | zstd > vm1.raw.zst"],
-        module,
-    )
-    export.thing("name", ANY, "a snapshot or a VDI")
-    export.word("file", "an image; - is standard output", metavar="FILE")
-    export.option("--format", "FORMAT", "raw, qcow2, vmdk, vdi or vhdx (default: by the name)")
-    export.flag("--force", "replace a file that exists")
-    backup = area.verb(
-        "backup",
-        "write a snapshot, or what changed since another, to a backup",
-        "A backup has checksums; holes take no space in it. One with --since is restored onto a\n"
-        "VDI that has the older snapshot.",
-        [
-            "vdi backup vm1@monday /backup/vm1.monday",
-            "vdi backup vm1@tuesday /backup/vm1.tuesday --since vm1@monday",
-            "vdi backup vm1@daily - | ssh vault 'cat > vm1.backup'",
-        ],
-        module,
-    )
-    backup.thing("name", SNAPSHOT, metavar="VDI@TAG")
-    backup.word("file", "the backup; - is standard output", metavar="FILE")
-    backup.option("--since", "VDI@TAG", "only what changed since this snapshot")
-    backup.flag("--compress", "smaller, and slower")
-    backup.flag("--force", "replace a file that exists")
-    restore = area.verb(
-        "restore",
-        "make a VDI from a backup, or bring one forward",
-        "A full backup makes a new VDI, with a snapshot of the backup's tag. One that was made\n"
-        "with --since takes a VDI from the older snapshot to the newer. All of a backup is proven\n"
-        "good before anything is touched.",
-        ["vdi restore /backup/vm1.monday vm1", "vdi restore /backup/vm1.tuesday vm1"],
-        module,
-    )
-    restore.word("file", "a backup; - is standard input", metavar="FILE")
-    restore.word("name", "the VDI to make, or to bring forward")
-    restore.number("--copies", "N", "of a new VDI, 1 to 5 (default: as the original had)")
-    diff = area.verb(
-        "diff",
-        "which parts differ between two snapshots, or a snapshot and a VDI",
-        "Looks at maps only. A VDI in use is taken as it was last flushed.",
-        ["vdi diff vm1@monday vm1@tuesday", "vdi diff vm1@monday vm1 --json"],
-        module,
-    )
-    diff.thing("old", ANY, "the older", metavar="NAME@A")
-    diff.thing("new", ANY, "the newer", metavar="NAME@B")

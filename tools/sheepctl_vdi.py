@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sheepfs.core.errors import HeldElsewhereError, UsageError
+from sheepfs.core.errors import SheepError, UsageError
 from sheepfs.core.metadata import (
     LockRecord,
     VdiRecord,
@@ -30,6 +29,9 @@ from sheepfs_tools.sheepctl_output import (
 )
 from sheepfs_tools.sheepctl_session import open_session, options
 from sheepfs_tools.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from sheepfs.inventory import Space
 
 
 def size_argument(text: str) -> int:
@@ -109,7 +111,14 @@ async def vdi_info(arguments: argparse.Namespace) -> int:
         name, record = await find_vdi(session.catalog, arguments.name)
         holder = (await session.catalog.locks()).get(record.id)
         kept = await session.catalog.snapshots(record.id)
-    facts = {**_facts(name, record, holder), "snapshots": [s.tag for s in kept]}
+    space = await _space(arguments, record)
+    facts = {
+        **_facts(name, record, holder),
+        "snapshots": [s.tag for s in kept],
+        "allocated": space.allocated if space else record.allocated,
+        "exclusive": space.exclusive if space else None,
+        "shared": space.shared if space else None,
+    }
     if arguments.json:
         print_json(facts)
         return 0
@@ -118,7 +127,7 @@ async def vdi_info(arguments: argparse.Namespace) -> int:
             ("name", name),
             ("id", record.id),
             ("size", f"{format_size(record.size)} ({record.size} bytes)"),
-            ("allocated", f"{format_size(record.allocated)} in each copy, at the last flush"),
+            *_space_facts(record, space),
             ("copies", record.copies),
             ("layer", f"{record.layer:#x} of family {record.family:#x}, map {record.map:#x}"),
             ("snapshots", ", ".join(s.tag for s in kept) or "none"),
@@ -136,31 +145,43 @@ async def vdi_info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+async def _space(arguments: argparse.Namespace, record: VdiRecord) -> Space | None:
+    """Count what a VDI takes; None when the nodes cannot tell."""
+    from sheepfs.inventory import space_of
+    from sheepfs_tools.sheepctl_copies import as_mount
+
+    try:
+        async with as_mount(arguments) as cluster:
+            roots = await cluster.catalog.roots(record.family)
+            return await space_of(cluster.router, roots, record.map)
+    except SheepError:
+        return None
+
+
+def _space_facts(record: VdiRecord, space: Space | None) -> list[tuple[str, str]]:
+    if space is None:
+        return [("allocated", f"{format_size(record.allocated)} in each copy, when last counted")]
+    return [
+        ("allocated", f"{format_size(space.allocated)} of data in each copy"),
+        ("exclusive", f"{format_size(space.exclusive)}: what its deletion would give back"),
+        ("shared", f"{format_size(space.shared)} with snapshots and clones"),
+    ]
+
+
 async def vdi_resize(arguments: argparse.Namespace) -> int:
-    """Grow a VDI, or cut it with --shrink; one in use elsewhere is refused."""
-    from sheepfs.connecting import connect
+    """Grow a VDI, or cut it with --shrink, wherever it is in use."""
+    from sheepfs_tools.sheepctl_copies import as_mount
 
     size = size_argument(arguments.size)
     async with open_session(options(arguments)) as session:
         name, record = await find_vdi(session.catalog, arguments.name)
-        holder = (await session.catalog.locks()).get(record.id)
-    if holder is not None:
-        raise HeldElsewhereError(
-            f"{name} is in use by {holder.owner}: detach it there first"
-            " (a mount can resize what it holds itself: truncate -s SIZE FILE)"
-        )
     if size < record.size and not arguments.shrink:
         raise UsageError(
             f"{name} has {format_size(record.size)}; making it smaller loses what is beyond"
             f" {format_size(size)}: say --shrink if you mean that"
         )
-    owner = f"{socket.gethostname()}:{os.getpid()}:sheepctl"
-    async with connect(arguments.etcd, arguments.cluster, owner) as cluster:
-        volume = await cluster.open(record.id)
-        try:
-            await volume.resize(size)
-        finally:
-            await volume.close()
+    async with as_mount(arguments) as cluster:
+        await cluster.resize(record.id, size)
     if arguments.json:
         print_json({"name": name, "size": size})
     else:
