@@ -44,27 +44,31 @@ async def in_order(
     """
     # What counts is what was begun and not yet taken: that is what occupies memory.
     slots = trio.Semaphore(limit)
-    send, receive = trio.open_memory_channel[tuple[trio.Event, list[Result]]](limit)
+    # None is the end. Only a feed that did not fail says it: a closed channel would end the results
+    # like a good end, before the error has cancelled who takes them.
+    send, receive = trio.open_memory_channel[tuple[trio.Event, list[Result]] | None](limit)
 
     async def one(item: Item, done: trio.Event, box: list[Result]) -> None:
         box.append(await work(item))
         done.set()
 
     async def feed(nursery: trio.Nursery) -> None:
-        async with send, aclosing(items):
+        async with aclosing(items):
             async for item in items:
                 await slots.acquire()
                 done, box = trio.Event(), list[Result]()
                 nursery.start_soon(one, item, done, box)
                 await send.send((done, box))
+        await send.send(None)
 
     async def results() -> AsyncGenerator[Result, None]:
-        async for done, box in receive:
+        while (entry := await receive.receive()) is not None:
+            done, box = entry
             await done.wait()
             yield box.pop()
             slots.release()
 
-    with plain_errors(), receive:
+    with plain_errors(), send, receive:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(feed, nursery)
             async with aclosing(results()) as taken:

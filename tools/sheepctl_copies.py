@@ -93,9 +93,9 @@ async def vdi_snapshot(arguments: argparse.Namespace) -> int:
         freezing: AbstractAsyncContextManager[object] = nullcontext()
         if arguments.freeze:
             # Imported late: most snapshots are taken without.
-            from sheepfs_tools.qmp import frozen_guest
+            from sheepfs_tools.qmp import frozen
 
-            freezing = frozen_guest(arguments.freeze)
+            freezing = frozen(arguments.freeze)
         async with freezing:
             start = time.monotonic()
             made = await cluster.snapshot(vdi, tag)

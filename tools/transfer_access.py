@@ -94,7 +94,10 @@ class Access(Protocol):
         ...
 
     def open(self, name: str) -> AbstractAsyncContextManager[OpenVolume]:
-        """Open a VDI; the block's end closes it (and so flushes and detaches)."""
+        """Open a VDI; the block's end closes it (and so flushes and detaches), also when cancelled.
+
+        So the end is shielded: what comes behind it deletes the VDI, or rolls it back.
+        """
         ...
 
 
@@ -245,6 +248,7 @@ class OpenImage:
     async def extents(self) -> AsyncGenerator[tuple[int, int]]:
         """Give the ranges [start, end) that may hold data, in order."""
         end = 0
-        while (start := await self._volume.seek_data(end)) is not None:
+        # A volume that names data at or past its end would be asked for ever.
+        while end < self.size and (start := await self._volume.seek_data(end)) is not None:
             end = await self._volume.seek_hole(start)
             yield start, end

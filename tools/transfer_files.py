@@ -89,7 +89,7 @@ async def write_at(fd: int, offset: int, data: Buffer) -> None:
 
 def check_target(path: str, force: bool) -> None:
     """Refuse a file that exists (without `force`) or can never be replaced by a new one."""
-    with suppress(FileNotFoundError), file_errors(path):
+    with file_errors(path), suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UsageError(f"{path} is no regular file")
         if not force:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import trio
 
 from fakes.memory_backend import MemoryNamespace, MemoryVdi, MemoryVolume
 from fakes.memory_objects import MemoryObjects
@@ -61,14 +63,15 @@ class MemoryAccess:
             snapshot = self._snapshots.get(attributes.id, {}).get(tag)
             if snapshot is None:
                 raise VdiNotFoundError(f"{attributes.name} has no snapshot {tag!r}")
-            return snapshot.found
+            return replace(snapshot.found, name=attributes.name)
         return Found(
             attributes.name, "", attributes.id, 0, attributes.size,
             self._copies.get(attributes.id, 3), attributes.allocated, 1.0,
         )  # fmt: skip
 
     async def snapshots(self, found: Found) -> Sequence[Found]:
-        return [snapshot.found for snapshot in self._snapshots.get(found.vdi, {}).values()]
+        taken = self._snapshots.get(found.vdi, {}).values()
+        return [replace(snapshot.found, name=found.name) for snapshot in taken]
 
     async def image(self, found: Found) -> Image:
         if found.tag:
@@ -136,4 +139,5 @@ class MemoryAccess:
         try:
             yield volume
         finally:
-            await volume.close()
+            with trio.CancelScope(shield=True):
+                await volume.close()

@@ -27,6 +27,7 @@ from sheepfs.core.errors import (
     VdiNotFoundError,
 )
 from sheepfs.image import Change
+from sheepfs.net.groups import plain_errors
 from sheepfs_tools.sheepctl_transfer import diff, export_image, import_image
 from sheepfs_tools.transfer_access import incoming_name, parse_name, without_zeros
 
@@ -36,8 +37,9 @@ needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no
 
 @asynccontextmanager
 async def cluster() -> AsyncIterator[MemoryAccess]:
-    async with memory_namespace(MemoryCluster(), asynchronous=True) as namespace:
-        yield MemoryAccess(namespace)
+    with plain_errors():
+        async with memory_namespace(MemoryCluster(), asynchronous=True) as namespace:
+            yield MemoryAccess(namespace)
 
 
 @pytest.fixture

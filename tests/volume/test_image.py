@@ -220,3 +220,23 @@ async def test_an_error_in_the_pipeline_comes_out_as_itself() -> None:
 
     with pytest.raises(ObjectNotFoundError):
         await take_all()
+
+
+@pytest.mark.parametrize("good", [0, 1, 5])
+async def test_an_error_of_the_items_is_never_taken_for_their_end(good: int) -> None:
+    async def failing() -> AsyncGenerator[int]:
+        for number in range(good):
+            yield number
+        raise ObjectNotFoundError("gone")
+
+    async def work(number: int) -> int:
+        await trio.lowlevel.checkpoint()
+        return number
+
+    async def take_all() -> None:
+        async with in_order(work, failing(), 4) as results:
+            async for _ in results:
+                pass
+
+    with pytest.raises(ObjectNotFoundError):
+        await take_all()
