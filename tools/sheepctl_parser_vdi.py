@@ -95,7 +95,7 @@ def _add_copies(area: Area) -> None:
         module,
     )
     snapshot.thing("name", VDI).option("--tag", "TAG", "its name (default: date and time)")
-    snapshot.option("--freeze", "QMP_SOCKET", "of the guest agent, to freeze the file systems meanwhile")
+    snapshot.option("--freeze", "QMP_SOCKET", "of the guest agent: freezes file systems meanwhile")
     clone = area.verb(
         "clone",
         "make a VDI that begins as another, or as a snapshot, and shares its data",

@@ -222,7 +222,8 @@ async def vdi_delete(arguments: argparse.Namespace) -> int:
                 )
             if kept:
                 print(
-                    f"  {len(kept)} snapshots of it stay, and keep its name: sheepctl snapshot list"
+                    f"  {len(kept)} snapshot{'s' * (len(kept) > 1)} of it stay, and keep its name:"
+                    f" sheepctl snapshot list {printable(name)}"
                 )
     if arguments.json:
         print_json({"deleted": deleted, "kept_s": 0 if arguments.now else TRASH_KEEP_S})
