@@ -30,6 +30,7 @@ from sheepfs_tools.backup_stream import (
     Totals,
     Writer,
     Zeros,
+    pack,
 )
 from sheepfs_tools.progress import Moved, progress
 from sheepfs_tools.sheepctl_transfer import incoming, read_exactly
@@ -130,13 +131,13 @@ async def backup(
     image = await access.image(found)
     older = await access.image(base) if base else None
     total = found.allocated if older is None else None
-    writer = Writer(header, compress=compress)
+    writer = Writer(header)
     with progress(str(found), total or None, quiet) as moved:
 
         async def send(fd: int) -> int:
             length = 0
             batch = bytearray()
-            async with _records(image, older, writer) as records:
+            async with _records(image, older, writer, compress) as records:
                 async for done, record in records:
                     batch += record
                     # Many small changes make many small records: not a write for each.
@@ -168,7 +169,7 @@ async def _find_snapshot(access: Access, text: str) -> Found:
 
 @asynccontextmanager
 async def _records(
-    image: Image, older: Image | None, writer: Writer
+    image: Image, older: Image | None, writer: Writer, compress: bool
 ) -> AsyncIterator[AsyncIterator[tuple[int, bytes]]]:
     """Give (bytes of the image, record of the stream), read ahead."""
 
@@ -187,18 +188,21 @@ async def _records(
                     for first, last in chunks(change.start, change.end):
                         yield Change(first, last, True)
 
-    async def read(change: Change) -> tuple[Change, bytes]:
+    async def read(change: Change) -> tuple[Change, bytes, bytes]:
         if not change.is_data:
-            return change, b""
-        return change, await read_exactly(image, change.start, change.end)
+            return change, b"", b""
+        data = await read_exactly(image, change.start, change.end)
+        # Several at the same time: zlib uses as many cores as there are.
+        packed = await trio.to_thread.run_sync(pack, data) if compress else b""
+        return change, data, packed
 
     async def records(
-        pieces: AsyncIterator[tuple[Change, bytes]],
+        pieces: AsyncIterator[tuple[Change, bytes, bytes]],
     ) -> AsyncGenerator[tuple[int, bytes]]:
         yield 0, writer.header()
-        async for change, data in pieces:
+        async for change, data, packed in pieces:
             if change.is_data:
-                yield len(data), await _pack(writer, change.start, data)
+                yield len(data), writer.data(change.start, data, packed)
             else:
                 yield 0, writer.zeros(change.start, change.end - change.start)
         yield 0, writer.end()
@@ -208,13 +212,6 @@ async def _records(
         aclosing(records(pieces)) as result,
     ):
         yield result
-
-
-async def _pack(writer: Writer, offset: int, data: bytes) -> bytes:
-    """Make a record; what takes long is done beside the loop."""
-    if len(data) < _BATCH:
-        return writer.data(offset, data)
-    return await trio.to_thread.run_sync(writer.data, offset, data)
 
 
 # -- restore --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import struct
 
 import pytest
@@ -24,6 +25,7 @@ from sheepfs_tools.backup_stream import (
     TruncatedError,
     Writer,
     Zeros,
+    pack,
 )
 
 HEADER = BackupHeader("c0ffee", "vm1.raw", 2, "daily", 7, 1 << 40, 3, 1e9, "old", 5)
@@ -32,11 +34,12 @@ HEADER = BackupHeader("c0ffee", "vm1.raw", 2, "daily", 7, 1 << 40, 3, 1e9, "old"
 def write(
     parts: list[Data | Zeros], *, compress: bool = False, header: BackupHeader = HEADER
 ) -> list[bytes]:
-    writer = Writer(header, compress=compress)
+    writer = Writer(header)
     chunks = [writer.header()]
     for part in parts:
         if isinstance(part, Data):
-            chunks.append(writer.data(part.offset, part.data))
+            packed = pack(part.data) if compress else b""
+            chunks.append(writer.data(part.offset, part.data, packed))
         else:
             chunks.append(writer.zeros(part.offset, part.length))
     chunks.append(writer.end())
@@ -183,6 +186,13 @@ def test_compression_is_used_only_where_it_saves() -> None:
     plain, packed = (write([Data(0, noise)], compress=c) for c in (False, True))
     assert plain == packed
     assert len(write([Data(0, bytes(MAX_DATA))], compress=True)[1]) < MAX_DATA // 100
+
+
+def test_what_does_not_compress_at_its_start_is_not_tried() -> None:
+    noise = random.Random(1).randbytes(1 << 20)
+    assert pack(noise) == b""
+    assert pack(noise + bytes(MAX_DATA - len(noise))) == b""
+    assert 0 < len(pack(bytes(100) + noise[:100])) < 200
 
 
 def test_records_out_of_order_or_beyond_the_end_are_not_written() -> None:

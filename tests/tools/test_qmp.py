@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -188,6 +191,23 @@ async def test_a_guest_that_cannot_be_thawed_is_said_loudly(path: Path) -> None:
     async with running(path) as agent:
         with pytest.raises(GuestAgentError, match="MAY STILL BE FROZEN"):
             await run(agent)
+
+
+@pytest.mark.parametrize("where", ["in the block", "while it waits"])
+def test_ctrl_c_thaws(path: Path, where: str) -> None:
+    async def main() -> None:
+        async with running(path) as agent:
+            agents.append(agent)
+            async with frozen(str(path)):
+                if where == "in the block":
+                    signal.raise_signal(signal.SIGINT)
+                threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+                await trio.sleep_forever()
+
+    agents: list[FakeAgent] = []
+    with pytest.raises(KeyboardInterrupt):
+        trio.run(main)
+    assert agents[0].commands == ["freeze", "thaw"]
 
 
 async def test_nobody_listening_is_one_sentence(path: Path) -> None:
