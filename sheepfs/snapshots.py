@@ -192,7 +192,9 @@ class Snapshots:
                 conditions, changes = await self._built(target)
                 more, others = await self._built(layer)
                 wanted = self._keys.reclaim_family(record.family)
-                return [*conditions, *more], [*changes, *others, Put(wanted, b"")]
+                # Deleted while its map was copied, reclaim may have taken what only it named.
+                kept = await self._catalog.still_kept(snapshot)
+                return [*conditions, *more, kept], [*changes, *others, Put(wanted, b"")]
 
             await self._commit(
                 attachment,
@@ -330,7 +332,7 @@ class Snapshots:
 
         async def decide(change: Change) -> None:
             conditions, changes = await self._appearing(name, record)
-            change.conditions += conditions
+            change.conditions += [*conditions, await self._catalog.still_kept(source)]
             change.changes += changes
 
         await self._catalog.commit_surely(decide, lambda: self._appeared(name, record))
