@@ -24,7 +24,8 @@ from sheepfs.core.wire import FLAG_KEEP_MAPS, RANGE, Buffer, Header, Op
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.router import Router
 from storaged.control import Leading
-from storaged.replica import Client, Replica
+from storaged.replica import Replica
+from storaged.requests import Client
 
 log = logging.getLogger(__name__)
 

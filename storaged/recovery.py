@@ -32,8 +32,9 @@ from sheepfs.core.errors import (
 from sheepfs.core.geometry import describe_oid
 from sheepfs.core.wire import Op
 from sheepfs.net.link import Link
+from storaged.comparing import decode_layout
 from storaged.logic.catchup import Listed, plan, waves
-from storaged.replica import Replica, decode_layout
+from storaged.replica import Replica
 from storaged.store.entry import sibling
 from storaged.store.format import BITMAP_SIZE
 from storaged.store.level import make_patch

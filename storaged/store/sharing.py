@@ -214,7 +214,8 @@ class Sharing:
             for i in (range(BLOCKS_PER_OBJECT) if blocks is None else blocks)
             if overlay.sources[i] == number
         ]
-        if wanted or number in (overlay.pending or {}).values():
+        # Before the first flush the header on disk may name any base.
+        if wanted or overlay.pending is None or number in list(overlay.pending.values()):
             # Only an unclean object's file stays open.
             self._tracker.changing(entry)
             file = self._open(entry)

@@ -147,6 +147,16 @@ def test_a_base_may_be_deleted_and_the_power_go(seed: int) -> None:
     assert get(store, B, 0, len(_DATA)) == b"x" + _DATA[1:]
 
 
+def test_a_header_on_disk_names_no_base_that_is_gone(disk: FaultyDisk, store: ObjectStore) -> None:
+    put(store, A, 0, b"a", create=True)
+    copy(store, A, B, 0, b"b")
+    store.delete(A)
+    disk.kill()
+    store = open_store(disk)
+    store.launder(B, 1)
+    assert get(store, B, 0, 1) == b"b"
+
+
 def test_blocks_of_a_base_that_vanished_are_damaged_never_zeros(
     disk: FaultyDisk, store: ObjectStore
 ) -> None:
