@@ -72,11 +72,13 @@ class Writer:
         if not 0 <= offset < end <= OBJECT_SIZE:
             raise UsageError(f"range {offset}+{length} is not within an object")
         first = offset // BLOCK_SIZE
+        overlay = None
         if entry.linked:
             self._sharing.before_change(entry, range(first, -(-end // BLOCK_SIZE)))
             file = self._reopen(entry)
             offset, data = self._widened(entry, file, offset, data)
             length = len(data)
+            overlay = file.overlay
         if (offset | length) % BLOCK_SIZE:
             new = self._ragged_sums(entry, offset, memoryview(data))
         elif length == BLOCK_SIZE:
@@ -84,7 +86,7 @@ class Writer:
         else:
             new = block_sums(memoryview(data))
         entry.used = True
-        self._apply(entry, file, first, new, offset, data, version)
+        self._apply(entry, file, first, new, offset, data, version, overlay)
 
     def create(
         self,
@@ -106,7 +108,8 @@ class Writer:
             if data:
                 offset, data = self._widened(entry, file, offset, data)
                 new = self._ragged_sums(entry, offset, memoryview(data))
-                self._apply(entry, file, offset // BLOCK_SIZE, new, offset, data, version)
+                first = offset // BLOCK_SIZE
+                self._apply(entry, file, first, new, offset, data, version, file.overlay)
 
     def create_punched(
         self, oid: int, offset: int, length: int, version: int, pool: int, pg: int, base: int
@@ -276,14 +279,19 @@ class Writer:
         offset: int,
         data: Buffer,
         version: int,
+        overlay: Overlay | None = None,
     ) -> None:
-        """Write `data` at `offset`; `new` are the entries of the blocks it touches."""
+        """Write `data` at `offset`; `new` are the entries of the blocks it touches.
+
+        Args:
+            overlay: the file's.
+        """
         count = len(new)
         old = SUMS[count].unpack_from(file.table, first * 8)
         grown = old.count(0)
-        if file.overlay is not None:
-            grown += _inherited(file.overlay, first, count)
         empty = new.count(0)
+        if overlay is not None:
+            grown += _inherited(overlay, first, count)
         if grown and empty < count:
             self._space.take(grown * BLOCK_SIZE)
         if not entry.changed:
@@ -298,7 +306,7 @@ class Writer:
                 if done != length:
                     write_all(self._disk, file.fd, memoryview(data)[done:], offset + done)
             SUMS[count].pack_into(file.table, first * 8, *new)
-            if file.overlay is not None:
+            if overlay is not None and file.overlay is not None:
                 file.overlay.own(first, new)
             # Version and data change within one window of the sequence: an export in a thread
             # must never pair the one with the other's past.

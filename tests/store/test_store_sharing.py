@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 
 import pytest
 from store_faulty_disk import FaultyDisk
@@ -309,14 +308,16 @@ def test_a_thousand_copies_read_like_one(disk: FaultyDisk) -> None:
     store.close()
     store = open_store(disk)
     assert get(store, last, 0, len(content)) == content
-    put(store, E, 0, bytes(content), create=True)
-    took = []
-    for oid in (E, last):
-        began = time.perf_counter()
-        for offset in range(0, len(content), _BLOCK):
-            store.read(oid, offset, _BLOCK, wait=False)
-        took.append(time.perf_counter() - began)
-    assert took[1] < 10 * took[0]
+    disk.calls.clear()
+    for offset in range(0, len(content), _BLOCK):
+        data = store.read(last, offset, _BLOCK, wait=False)
+        if data is None:  # The base is not open yet, or not any more.
+            get(store, last, offset, _BLOCK)
+            data = store.read(last, offset, _BLOCK, wait=False)
+    disk.calls.clear()
+    for offset in range(0, len(content), _BLOCK):
+        assert store.read(last, offset, _BLOCK, wait=False) is not None
+    assert len(disk.calls) <= 2 * len(content) // _BLOCK, "own file, then at once the holder's"
 
 
 def test_what_a_peer_shares_is_shared_here(store: ObjectStore) -> None:
