@@ -193,6 +193,8 @@ class Recovery:
                 for oid in wave:
                     await self._limit.acquire_on_behalf_of(oid)
                     nursery.start_soon(self._pull_one, oid, copies, number, fresh)
+            if fresh.isdisjoint(wave):
+                break  # The source went away: do not wait for each of its objects in turn.
         if missing := [oid for oid in todo.pull if oid not in fresh]:
             raise RecoveringError(f"{len(missing)} objects could not be pulled yet")
         for oid in todo.strays:

@@ -174,7 +174,8 @@ class Replica(Comparing):
             if base is not None:
                 self._corrupt(base, header, error)
             raise
-        if role is Role.JOINING:
+        if role is Role.JOINING and not (unknown and header.op == Op.DELETE):
+            # What was deleted unseen, a member that stayed may have yet.
             self.fresh_of(header.pool, header.pg).add(oid)
         client.acknowledge(header)
 
