@@ -70,7 +70,6 @@ class DataDirectory:
             self._files,
             self._reader,
             self._tracker,
-            self._marks,
             self._space,
             self._sharing,
         )

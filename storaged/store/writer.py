@@ -19,7 +19,6 @@ from sheepfs.core.errors import SheepError, UsageError
 from sheepfs.core.geometry import BLOCK_SIZE, OBJECT_SIZE, format_oid
 from sheepfs.core.wire import Buffer
 from storaged.store.catalog import Catalog
-from storaged.store.dirtylog import DirtyLog
 from storaged.store.disk import Disk, Health, disk_error, write_all
 from storaged.store.entry import SUSPECT, OpenFile, Overlay, StoredObject
 from storaged.store.files import OpenFiles
@@ -44,7 +43,6 @@ class Writer:
         files: OpenFiles,
         reader: Reader,
         tracker: FlushTracker,
-        marks: DirtyLog,
         space: SpaceGuard,
         sharing: Sharing,
     ) -> None:
@@ -54,7 +52,6 @@ class Writer:
         self._files = files
         self._reader = reader
         self._tracker = tracker
-        self._marks = marks
         self._space = space
         self._sharing = sharing
 
