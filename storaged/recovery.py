@@ -32,8 +32,9 @@ from sheepfs.core.errors import (
 from sheepfs.core.geometry import describe_oid
 from sheepfs.core.wire import Op
 from sheepfs.net.link import Link
+from storaged.comparing import decode_layout
 from storaged.logic.catchup import Listed, plan, waves
-from storaged.replica import Replica, decode_layout
+from storaged.replica import Replica
 from storaged.store.entry import sibling
 from storaged.store.format import BITMAP_SIZE
 from storaged.store.level import make_patch
@@ -192,6 +193,8 @@ class Recovery:
                 for oid in wave:
                     await self._limit.acquire_on_behalf_of(oid)
                     nursery.start_soon(self._pull_one, oid, copies, number, fresh)
+            if fresh.isdisjoint(wave):
+                break  # The source went away: do not wait for each of its objects in turn.
         if missing := [oid for oid in todo.pull if oid not in fresh]:
             raise RecoveringError(f"{len(missing)} objects could not be pulled yet")
         for oid in todo.strays:

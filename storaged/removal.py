@@ -22,7 +22,8 @@ from sheepfs.core.errors import SheepError, UsageError
 from sheepfs.core.geometry import index_of, is_map_object
 from sheepfs.core.wire import FLAG_KEEP_MAPS, RANGE, USAGE, Buffer, Header
 from storaged.logic.reclaim import LiveIndexes
-from storaged.replica import Client, Replica
+from storaged.replica import Replica
+from storaged.requests import Client
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from storaged.store.files import OpenFiles, default_limit
 from storaged.store.flush import FlushTracker
 from storaged.store.format import cluster_hash
 from storaged.store.level import Leveller
+from storaged.store.maker import Maker
 from storaged.store.reader import Reader
 from storaged.store.sharing import Sharing
 from storaged.store.space import SpaceGuard
@@ -69,9 +70,19 @@ class DataDirectory:
             self._files,
             self._reader,
             self._tracker,
+            self._space,
+            self._sharing,
+        )
+        self._maker = Maker(
+            disk,
+            self._health,
+            self._catalog,
+            self._files,
+            self._tracker,
             self._marks,
             self._space,
             self._sharing,
+            self._writer,
         )
         self._leveller = Leveller(
             disk,
@@ -82,7 +93,7 @@ class DataDirectory:
             self._tracker,
             self._space,
             self._sharing,
-            self._writer.make,
+            self._maker.make,
         )
         self._lock_fd = -1
         self._quarantined = 0

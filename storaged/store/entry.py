@@ -77,9 +77,11 @@ class Overlay:
     def on_disk(self) -> Sources | None:
         """Give what the header may say; None if the object inherits nothing."""
         sources = self.sources
-        if self.pending:
+        # At once: the loop may forget some of them while a thread is here.
+        pending = list((self.pending or {}).items())
+        if pending:
             sources = sources.copy()
-            for i, number in self.pending.items():
+            for i, number in pending:
                 sources[i] = number
         elif sources.count(0) == BLOCKS_PER_OBJECT:
             return None

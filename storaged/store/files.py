@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import resource
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sheepfs.core.errors import (
     CorruptError,
@@ -77,6 +78,7 @@ class OpenFiles:
         self._lock = threading.Lock()
         self._meta_lock = threading.Lock()
         self._open: dict[int, StoredObject] = {}
+        self._pinned: set[StoredObject] = set()
         self.release: Callable[[StoredObject], bool] = lambda entry: False
         """Drops an entry's file unless it is unclean; set by the flush tracker."""
 
@@ -128,6 +130,17 @@ class OpenFiles:
             entry.file = None
             entry.opened += 1
 
+    @contextmanager
+    def pinned(self, entry: StoredObject) -> Iterator[None]:
+        """Keep an unclean entry's file open while a thread changes what is known of it."""
+        with self._lock:
+            self._pinned.add(entry)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pinned.discard(entry)
+
     def evict(self) -> None:
         """Close files that were not used lately until the limit holds. Loop only.
 
@@ -137,7 +150,9 @@ class OpenFiles:
         self.evict_clean()
         while len(self._open) > 2 * self._limit:
             with self._lock:
-                entry = self._open[next(iter(self._open))]
+                entry = next((e for e in self._open.values() if e not in self._pinned), None)
+            if entry is None:
+                return
             self.sync(entry)
             self.drop(entry)
 

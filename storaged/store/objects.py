@@ -111,7 +111,7 @@ class ObjectStore(DataDirectory):
             DiskError: the disk failed; the store is out of use.
         """
         if create:
-            self._writer.create(oid, offset, data, version, pool, pg, base)
+            self._maker.create(oid, offset, data, version, pool, pg, base)
         else:
             self._writer.write(oid, offset, data, version)
 
@@ -133,7 +133,7 @@ class ObjectStore(DataDirectory):
         Raises: as `write`.
         """
         if base is not None:
-            self._writer.create_punched(oid, offset, length, version, pool, pg, base)
+            self._maker.create_punched(oid, offset, length, version, pool, pg, base)
         else:
             self._writer.punch(oid, offset, length, version)
 
@@ -175,7 +175,7 @@ class ObjectStore(DataDirectory):
             UsageError: the object is there.
             RetryableError, NoSpaceError, DiskError: as `write` with `create`.
         """
-        self._writer.inherit(oid, pool, pg, copy)
+        self._maker.inherit(oid, pool, pg, copy)
 
     def is_open(self, oid: int) -> bool:
         """Tell whether an object's table is in memory."""

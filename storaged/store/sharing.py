@@ -11,6 +11,7 @@ Always holds:
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from sheepfs.core.errors import (
     CorruptError,
     NoSpaceError,
+    ObjectNotFoundError,
     RecoveringError,
     SheepError,
 )
@@ -72,6 +74,8 @@ class Sharing:
         self._reader = reader
         self._tracker = tracker
         self._marks = marks
+        # The loop unshares what a thread is about to when it cannot wait for that.
+        self._lock = threading.Lock()
 
     # -- making copies ----------------------------------------------------------------------
 
@@ -193,8 +197,11 @@ class Sharing:
         """See ObjectStore.unshare; `blocks` limits it to some blocks."""
         self._health.check()
         entry = self._catalog.objects.get(oid)
-        if entry is None or base not in entry.bases:
-            return
+        if entry is not None and base in entry.bases:
+            with self._lock, self._files.pinned(entry):
+                self._unshare(entry, base, blocks)
+
+    def _unshare(self, entry: StoredObject, base: int, blocks: Sequence[int] | None) -> None:
         file = self._open(entry)
         overlay = file.overlay if file is not None else None
         if file is None or overlay is None or base not in overlay.bases:
@@ -207,12 +214,13 @@ class Sharing:
             for i in (range(BLOCKS_PER_OBJECT) if blocks is None else blocks)
             if overlay.sources[i] == number
         ]
-        if wanted or number in (overlay.pending or {}).values():
+        # Before the first flush the header on disk may name any base.
+        if wanted or overlay.pending is None or number in list(overlay.pending.values()):
             # Only an unclean object's file stays open.
             self._tracker.changing(entry)
             file = self._open(entry)
             if file is None or file.overlay is None:
-                raise RecoveringError(f"object {format_oid(oid)} went while it was copied to")
+                raise RecoveringError(f"object {format_oid(entry.oid)} went while it was copied to")
             self._take_over(entry, file, file.overlay, wanted)
         if blocks is None:
             overlay = file.overlay
@@ -227,10 +235,9 @@ class Sharing:
                 continue  # Its header is not the expected one, and is expected from now on.
             except CorruptError:
                 return self._without_table(entry)
-            except SheepError as error:
-                log.error("%s: its inherited blocks are lost with it", error)
+            except ObjectNotFoundError:
                 return None
-        return None
+        raise RecoveringError(f"object {format_oid(entry.oid)} is not what it was a moment ago")
 
     def _without_table(self, entry: StoredObject) -> OpenFile | None:
         """Open an object whose table is damaged; peers may yet tell which blocks are good."""

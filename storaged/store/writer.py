@@ -13,21 +13,19 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from sheepfs.core.errors import NoSpaceError, RetryableError, SheepError, UsageError
+from sheepfs.core.errors import SheepError, UsageError
 from sheepfs.core.geometry import BLOCK_SIZE, OBJECT_SIZE, format_oid
 from sheepfs.core.wire import Buffer
 from storaged.store.catalog import Catalog
-from storaged.store.dirtylog import DirtyLog
-from storaged.store.disk import Disk, Health, disk_error, make_directory, write_all
-from storaged.store.entry import OK, SUSPECT, OpenFile, Overlay, StoredObject
+from storaged.store.disk import Disk, Health, disk_error, write_all
+from storaged.store.entry import SUSPECT, OpenFile, Overlay, StoredObject
 from storaged.store.files import OpenFiles
 from storaged.store.flush import FlushTracker
-from storaged.store.format import EMPTY_TABLE, META_SIZE, SUMS, block_sum, block_sums
+from storaged.store.format import SUMS, block_sum, block_sums
 from storaged.store.reader import Reader
-from storaged.store.sharing import Copy, Sharing
+from storaged.store.sharing import Sharing
 from storaged.store.space import SpaceGuard
 
 log = logging.getLogger(__name__)
@@ -45,7 +43,6 @@ class Writer:
         files: OpenFiles,
         reader: Reader,
         tracker: FlushTracker,
-        marks: DirtyLog,
         space: SpaceGuard,
         sharing: Sharing,
     ) -> None:
@@ -55,7 +52,6 @@ class Writer:
         self._files = files
         self._reader = reader
         self._tracker = tracker
-        self._marks = marks
         self._space = space
         self._sharing = sharing
 
@@ -72,11 +68,13 @@ class Writer:
         if not 0 <= offset < end <= OBJECT_SIZE:
             raise UsageError(f"range {offset}+{length} is not within an object")
         first = offset // BLOCK_SIZE
+        overlay = None
         if entry.linked:
             self._sharing.before_change(entry, range(first, -(-end // BLOCK_SIZE)))
             file = self._reopen(entry)
             offset, data = self._widened(entry, file, offset, data)
             length = len(data)
+            overlay = file.overlay
         if (offset | length) % BLOCK_SIZE:
             new = self._ragged_sums(entry, offset, memoryview(data))
         elif length == BLOCK_SIZE:
@@ -84,72 +82,15 @@ class Writer:
         else:
             new = block_sums(memoryview(data))
         entry.used = True
-        self._apply(entry, file, first, new, offset, data, version)
+        self._apply(entry, file, first, new, offset, data, version, overlay)
 
-    def create(
-        self,
-        oid: int,
-        offset: int,
-        data: Buffer,
-        version: int,
-        pool: int,
-        pg: int,
-        base: int | None,
+    def fill(
+        self, entry: StoredObject, file: OpenFile, offset: int, data: Buffer, version: int
     ) -> None:
-        """See ObjectStore.write; `create` is True."""
-        self._health.check()
-        end = offset + len(data)
-        if not 0 <= offset <= end <= OBJECT_SIZE:
-            raise UsageError(f"range {offset}+{len(data)} is not within an object")
-        covered = -(-end // BLOCK_SIZE) * BLOCK_SIZE - offset // BLOCK_SIZE * BLOCK_SIZE
-        with self._making(oid, version, pool, pg, base, covered) as (entry, file):
-            if data:
-                offset, data = self._widened(entry, file, offset, data)
-                new = self._ragged_sums(entry, offset, memoryview(data))
-                self._apply(entry, file, offset // BLOCK_SIZE, new, offset, data, version)
-
-    def create_punched(
-        self, oid: int, offset: int, length: int, version: int, pool: int, pg: int, base: int
-    ) -> None:
-        """See ObjectStore.punch; with a base."""
-        self._health.check()
-        if not 0 <= offset < offset + length <= OBJECT_SIZE:
-            raise UsageError(f"range {offset}+{length} is not within an object")
-        with self._making(oid, version, pool, pg, base, 2 * BLOCK_SIZE) as (entry, file):
-            self._punch(entry, file, offset, length, version)
-
-    @contextmanager
-    def _making(
-        self, oid: int, version: int, pool: int, pg: int, base: int | None, need_bytes: int
-    ) -> Iterator[tuple[StoredObject, OpenFile]]:
-        """Void an object, make it a copy of `base`, and trust it after the body."""
-        if oid not in self._marks.marked:
-            raise RetryableError(f"object {format_oid(oid)} is not marked as dirty")
-        entry = self._catalog.objects.get(oid)
-        if entry is not None and entry.linked:
-            self._sharing.before_removal(entry)
-        copy = None
-        if base is not None:
-            if base == oid:
-                raise UsageError(f"object {format_oid(oid)} as a copy of itself")
-            copy = self._sharing.copy_of(base)
-            need_bytes += len(copy.own) * BLOCK_SIZE
-        freed = entry.blocks * BLOCK_SIZE if entry is not None else 0
-        self._space.check(max(0, need_bytes + META_SIZE - freed))
-        if entry is not None and (entry.pool, entry.pg) != (pool, pg):
-            self.delete(oid)
-            entry = None
-        made = entry is None
-        entry = self.make(oid, pool, pg) if entry is None else entry
-        # Until the new content is whole, a thread that compares the object must not see it.
-        entry.state = SUSPECT
-        try:
-            yield entry, self.void(entry, version, copy)
-        except SheepError:
-            if made and self._health.failed is None:
-                self.delete(oid)
-            raise
-        entry.state = OK
+        """Write to an object that was just made, whoever else may not see it yet."""
+        offset, data = self._widened(entry, file, offset, data)
+        new = self._ragged_sums(entry, offset, memoryview(data))
+        self._apply(entry, file, offset // BLOCK_SIZE, new, offset, data, version, file.overlay)
 
     def punch(self, oid: int, offset: int, length: int, version: int) -> None:
         """See ObjectStore.punch."""
@@ -164,11 +105,12 @@ class Writer:
             first, end_block = offset // BLOCK_SIZE, -(-end // BLOCK_SIZE)
             self._sharing.before_change(entry, range(first, end_block))
             file = self._reopen(entry)
-        self._punch(entry, file, offset, length, version)
+        self.zero(entry, file, offset, length, version)
 
-    def _punch(
+    def zero(
         self, entry: StoredObject, file: OpenFile, offset: int, length: int, version: int
     ) -> None:
+        """Make a range of an open object that nobody inherits from read as zeros."""
         end = offset + length
         first = offset // BLOCK_SIZE
         count = -(-end // BLOCK_SIZE) - first
@@ -206,7 +148,7 @@ class Writer:
             self._catalog.grow(entry, count - new.count(0) - own)
             entry.version = version
         except OSError as error:
-            raise self._broken(entry, error) from error
+            raise self.broken(entry, error) from error
         finally:
             file.sequence += 1
 
@@ -276,14 +218,19 @@ class Writer:
         offset: int,
         data: Buffer,
         version: int,
+        overlay: Overlay | None = None,
     ) -> None:
-        """Write `data` at `offset`; `new` are the entries of the blocks it touches."""
+        """Write `data` at `offset`; `new` are the entries of the blocks it touches.
+
+        Args:
+            overlay: the file's.
+        """
         count = len(new)
         old = SUMS[count].unpack_from(file.table, first * 8)
         grown = old.count(0)
-        if file.overlay is not None:
-            grown += _inherited(file.overlay, first, count)
         empty = new.count(0)
+        if overlay is not None:
+            grown += _inherited(overlay, first, count)
         if grown and empty < count:
             self._space.take(grown * BLOCK_SIZE)
         if not entry.changed:
@@ -298,7 +245,7 @@ class Writer:
                 if done != length:
                     write_all(self._disk, file.fd, memoryview(data)[done:], offset + done)
             SUMS[count].pack_into(file.table, first * 8, *new)
-            if file.overlay is not None:
+            if overlay is not None and file.overlay is not None:
                 file.overlay.own(first, new)
             # Version and data change within one window of the sequence: an export in a thread
             # must never pair the one with the other's past.
@@ -310,7 +257,7 @@ class Writer:
                 self._undo(file, first, count)
                 if error.errno in _NO_SPACE and self._health.failed is None:
                     raise disk_error(error, f"write to {format_oid(entry.oid)}") from error
-            raise self._broken(entry, error) from error
+            raise self.broken(entry, error) from error
         finally:
             file.sequence += 1
 
@@ -336,84 +283,6 @@ class Writer:
             sums.append(block_sum(b"".join((view[stop:], old[rest:]))))
         return sums
 
-    def make(self, oid: int, pool: int, pg: int) -> StoredObject:
-        """Make an empty object file and its entry; nothing of it is durable yet."""
-        entry = StoredObject(oid, pool, pg)
-        try:
-            try:
-                fd = self._disk.open(entry.path, create=True)
-            except FileNotFoundError:
-                for made in make_directories(self._disk, pool, pg):
-                    self._tracker.directory_changed(made)
-                fd = self._disk.open(entry.path, create=True)
-        except OSError as error:
-            raise self._refused(error, f"creation of {format_oid(oid)}") from error
-        self._tracker.directory_changed(entry.directory)
-        self._files.evict()
-        self._files.adopt(entry, fd, bytearray(EMPTY_TABLE))
-        entry.state = SUSPECT
-        self._catalog.add(entry)
-        return entry
-
-    def void(self, entry: StoredObject, version: int, copy: Copy | None) -> OpenFile:
-        """Make an object read as zeros, or as a copy, whatever it held; give its open file.
-
-        Who inherited from it has been given its own blocks before.
-        """
-        self._tracker.changing(entry)
-        file = entry.file
-        if file is None:
-            try:
-                fd = self._disk.open(entry.path, create=True)
-            except OSError as error:
-                raise self._refused(error, f"write to {format_oid(entry.oid)}") from error
-            self._tracker.directory_changed(entry.directory)
-            self._files.evict()
-            file = self._files.adopt(entry, fd, bytearray(EMPTY_TABLE))
-        file.sequence += 1
-        try:
-            self._disk.truncate(file.fd, 0)
-            file.table[:] = EMPTY_TABLE
-            file.overlay = None
-            self._catalog.grow(entry, -entry.blocks)
-            if copy is not None:
-                for number, block in copy.own:
-                    write_all(self._disk, file.fd, block, number * BLOCK_SIZE)
-                self._catalog.grow(entry, len(copy.own))
-                file.table[:] = copy.table
-                file.overlay = copy.overlay
-            bases = () if file.overlay is None else tuple(file.overlay.bases)
-            if bases or entry.bases:
-                self._catalog.set_bases(entry, bases)
-            entry.version = version
-            entry.lineage = 0
-            entry.used = True
-            # Now, while it can still be refused, rather than at a flush on a full disk.
-            self._files.write_meta(entry, file)
-            entry.changed = True
-        except OSError as error:
-            raise self._broken(entry, error) from error
-        finally:
-            file.sequence += 1
-        return file
-
-    def inherit(self, oid: int, pool: int, pg: int, copy: Copy) -> None:
-        """See ObjectStore.inherit."""
-        self._health.check()
-        self._space.check(META_SIZE + len(copy.own) * BLOCK_SIZE)
-        entry = self._catalog.objects.get(oid)
-        if entry is not None:
-            raise UsageError(f"object {format_oid(oid)} is there already")
-        if oid not in self._marks.marked:
-            raise RetryableError(f"object {format_oid(oid)} is not marked as dirty")
-        entry = self.make(oid, pool, pg)
-        try:
-            self.void(entry, 0, copy)
-        except NoSpaceError:
-            if self._health.failed is None:
-                self.delete(oid)
-            raise
-
     def _punch_blocks(
         self, file: OpenFile, first: int, old: Sequence[int], new: Sequence[int]
     ) -> None:
@@ -430,27 +299,18 @@ class Writer:
         except OSError as error:
             self._health.fail(error, "undoing a write")
 
-    def _refused(self, error: OSError, what: str) -> SheepError:
+    def refused(self, error: OSError, what: str) -> SheepError:
+        """Give the error for a change that the disk refused before it began."""
         if error.errno in _NO_SPACE:
             return disk_error(error, what)
         return self._health.fail(error, what)
 
-    def _broken(self, entry: StoredObject, error: OSError) -> SheepError:
+    def broken(self, entry: StoredObject, error: OSError) -> SheepError:
         """Give the error for a change that failed half-way: only peers know the object now."""
         entry.state = SUSPECT
-        return self._refused(error, f"write to {format_oid(entry.oid)}")
+        return self.refused(error, f"write to {format_oid(entry.oid)}")
 
 
 def _inherited(overlay: Overlay, first: int, count: int) -> int:
     """Count the blocks of a range that lie in other objects."""
     return count - overlay.sources.count(0, first, first + count)
-
-
-def make_directories(disk: Disk, pool: int, pg: int) -> list[str]:
-    """Make the directories of a placement group; give those that got a new name (OSError)."""
-    changed = []
-    if make_directory(disk, f"objects/{pool}"):
-        changed.append("objects")
-    if make_directory(disk, f"objects/{pool}/{pg:04x}"):
-        changed.append(f"objects/{pool}")
-    return changed

@@ -58,10 +58,11 @@ class _Model:
 class StoreMachine(RuleBasedStateMachine):
     """The store and the model, side by side."""
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(max_open=st.sampled_from([2, 64]))
+    def start(self, max_open: int) -> None:
         self.disk = FaultyDisk()
-        self.store = open_store(self.disk, max_open=2, reserve_bytes=0)
+        self.max_open = max_open
+        self.store = open_store(self.disk, max_open=max_open, reserve_bytes=0)
         self.models = {oid: _Model() for oid in _OIDS}
         self.version = 0
 
@@ -330,7 +331,7 @@ class StoreMachine(RuleBasedStateMachine):
             )
 
     def _reopen(self) -> None:
-        self.store = open_store(self.disk, max_open=2, reserve_bytes=0, create=False)
+        self.store = open_store(self.disk, max_open=self.max_open, reserve_bytes=0, create=False)
 
     @invariant()
     def content_is_as_written(self) -> None:

@@ -234,6 +234,15 @@ def test_a_patch_of_an_unmarked_object_changes_nothing(store: ObjectStore) -> No
     assert get(store, A) == get(store, B)
 
 
+def test_a_few_bytes_written_to_an_object_that_came_from_a_peer_are_read(
+    store: ObjectStore,
+) -> None:
+    put(store, A, create=True)
+    level(store, A, B, 3, pg=1)
+    put(store, B, 0, b"x")
+    assert get(store, B, 0, 2) == b"x\0"
+
+
 def test_quarantine_moves_the_file_away_and_keeps_it(store: ObjectStore, tmp_path: Path) -> None:
     store.mark([A])
     for _ in range(2):
