@@ -330,6 +330,9 @@ class Killing:
         open_names, self.fds = list(self.fds), {}
         self.mounted.cluster.mount(self.mounted.path)
         for name in open_names:
+            # The dead mount's hold ends with its lease.
+            self._free(name)
+        for name in open_names:
             disk = self.disks[name]
             found = self._content(name)
             assert len(found) in disk.sizes, f"{name} has {len(found)} bytes"
