@@ -72,8 +72,8 @@ class Copies(Durability):
                     version=version,
                 )
                 return False
-        elif not self.store.is_open(base):
-            work = lambda oid: self._warm(base)  # noqa: E731
+        elif not self.store.can_be_copied(base):
+            work = lambda oid: self._prepare(base)  # noqa: E731
         else:
             return True
         self._after(work, client, header, payload)
@@ -101,6 +101,11 @@ class Copies(Durability):
     async def _await_free(self, oid: int) -> None:
         await self.take(oid)
         self.release(oid)
+
+    async def _prepare(self, base: int) -> None:
+        await self._warm(base)
+        if self.store.is_open(base) and not self.store.can_be_copied(base):
+            await self.flush_store(layer_of(base))
 
     async def _warm(self, oid: int) -> None:
         """Read an object's table into memory; whether it can be had, the next look tells."""

@@ -182,6 +182,15 @@ class ObjectStore(DataDirectory):
         entry = self._catalog.objects.get(oid)
         return entry is not None and entry.file is not None
 
+    def can_be_copied(self, oid: int) -> bool:
+        """Tell whether a copy of a good object can be made without waiting for the disk.
+
+        If not, it is not open, or has blocks of its own that a flush must make known first.
+        """
+        entry = self._catalog.objects.get(oid)
+        file = None if entry is None else entry.file
+        return file is not None and (file.overlay is None or file.overlay.pending == {})
+
     def sums(self, oid: int) -> bytes:
         """Give the 8 KiB table of a good object; blocks unless it is open. Raises: as `read`."""
         return self._reader.sums(oid)

@@ -5,6 +5,8 @@ Always holds:
   with the bytes as they are, durably: data first, then the header that says so.
 - Sources are resolved when a copy is made, so whoever inherits a block names its real holder, and
   reading through any number of copies is one look in one table.
+- A block that an heir names is its holder's own by the holder's header on disk, too: else the
+  holder, after a crash, could take the place for one of its own that it may write to.
 - A block that is copied takes space even from the reserve: it makes deletes work (I14).
 """
 
@@ -86,6 +88,9 @@ class Sharing:
             raise self._catalog.refusal(base)
         file = entry.file or self._files.acquire(entry)
         entry.used = True
+        if file.overlay is not None and file.overlay.pending != {}:
+            self._files.sync(entry)
+            file.overlay.pending = {}
         sums = _ALL.unpack(file.table)
         bases = [base]
         if file.overlay is None:

@@ -216,8 +216,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(layer=st.sampled_from([None, *_LAYERS]))
     def flush(self, layer: int | None) -> None:
         flush(self.store, layer)
+        # What the layer's objects inherit from is flushed too.
+        unclean = self.store._tracker.unclean()
         for oid, model in self.models.items():
-            if layer is None or layer_of(oid) == layer:
+            is_base = model.content is not None and oid not in unclean
+            if layer is None or layer_of(oid) == layer or is_base:
                 self._durable(model)
 
     def _durable(self, model: _Model) -> None:

@@ -160,6 +160,27 @@ def test_a_header_on_disk_names_no_base_that_is_gone(disk: FaultyDisk, store: Ob
     assert get(store, B, 0, 1) == b"b"
 
 
+@pytest.mark.parametrize("is_flushed", [True, False])
+def test_a_block_that_an_heir_names_stays_its_holders_own_after_a_crash(
+    disk: FaultyDisk, store: ObjectStore, is_flushed: bool
+) -> None:
+    put(store, A, 0, b"a" * _BLOCK, create=True)
+    copy(store, A, B)
+    if is_flushed:
+        flush(store)
+    put(store, B, 0, b"b" * _BLOCK)
+    assert not store.can_be_copied(B)
+    copy(store, B, C)
+    assert store.can_be_copied(B)
+    disk.kill()
+    store = open_store(disk)
+    for oid in store.suspects():
+        store.launder(oid, 1)
+    assert get(store, B, 0, 1) == get(store, C, 0, 1) == b"b"
+    store.delete(A)
+    assert get(store, C, 0, 1) == b"b"
+
+
 def test_blocks_of_a_base_that_vanished_are_damaged_never_zeros(
     disk: FaultyDisk, store: ObjectStore
 ) -> None:
