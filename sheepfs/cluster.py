@@ -34,7 +34,7 @@ from sheepfs.core.metadata import (
 )
 from sheepfs.core.wire import Op
 from sheepfs.frozen import FrozenVolume, snapshot_attributes
-from sheepfs.holder_requests import ask
+from sheepfs.holder_requests import Progress, ask, ignore_progress
 from sheepfs.listing import Listing, Named
 from sheepfs.net.attach import Attachment, attach, detach, reclaim_after_lease_loss, save
 from sheepfs.net.catalog import Catalog
@@ -367,6 +367,24 @@ class Cluster:
             vdi, "resize", {"size": str(size)}, lambda volume: volume.resize(size)
         )
 
+    async def flatten(self, vdi: int, told: Progress = ignore_progress) -> None:
+        """Cut a clone loose from its origin, wherever it is held."""
+        await self._at_holder(
+            vdi, "flatten", {}, lambda volume: self.snapshots.flatten(volume, told), told
+        )
+
+    async def change_copies(self, vdi: int, copies: int, told: Progress = ignore_progress) -> None:
+        """Keep another number of replicas, wherever the VDI is held."""
+        await self.catalog.want_pool(copies)
+        await self._wait_pool(copies)
+        await self._at_holder(
+            vdi,
+            "copies",
+            {"copies": str(copies)},
+            lambda volume: self.snapshots.change_copies(volume, copies, told),
+            told,
+        )
+
     async def rollback(self, vdi: int, snapshot: SnapshotRecord) -> None:
         """Make a VDI as one of its family's snapshots is. Raises HeldElsewhereError."""
         async with self.opened(vdi) as volume:
@@ -381,6 +399,7 @@ class Cluster:
         what: str,
         arguments: dict[str, str],
         here: Callable[[Volume], Awaitable[object]],
+        told: Progress = ignore_progress,
     ) -> None:
         """Do something as the VDI's holder, or have its holder do it."""
         async with self.opened(vdi) as volume:
@@ -398,7 +417,7 @@ class Cluster:
                 except HeldElsewhereError:
                     lease = (await self._lease()).lease
                     try:
-                        await ask(self.store, self.keys, vdi, what, arguments, lease)
+                        await ask(self.store, self.keys, vdi, what, arguments, lease, told)
                         break
                     except RetryableError as error:
                         # The holder let it go meanwhile, or another took it.
@@ -407,7 +426,7 @@ class Cluster:
                 raise UnreachableError(f"{volume.name} goes from mount to mount: try again")
         self._listing.forget()
 
-    async def serve_request(self, vdi: int, request: RequestRecord) -> bool:
+    async def serve_request(self, vdi: int, request: RequestRecord, told: Progress) -> bool:
         """Do what another asks of the holder; False: the VDI is not held here."""
         volume = self._volumes.get(vdi)
         if not isinstance(volume, Volume) or volume.attachment is None:
@@ -420,6 +439,10 @@ class Cluster:
                 await self.snapshots.clone(volume, arguments["name"])
             elif request.what == "freeze":
                 await self.snapshots.freeze(volume)
+            elif request.what == "flatten":
+                await self.snapshots.flatten(volume, told)
+            elif request.what == "copies":
+                await self.snapshots.change_copies(volume, int(arguments["copies"]), told)
             elif request.what == "resize":
                 await volume.resize(int(arguments["size"]))
                 self._changed(vdi)

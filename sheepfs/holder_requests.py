@@ -7,15 +7,18 @@ Always holds:
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 
 import trio
 
 from sheepfs.core.errors import ProtocolError, RetryableError, SheepError, UnreachableError
 from sheepfs.core.kv import Delete, Put, Transaction, Unchanged
 from sheepfs.core.metadata import Keys, RequestRecord
+from sheepfs.net.groups import plain_errors
 from sheepfs.net.store import Store
 
 log = logging.getLogger(__name__)
@@ -24,19 +27,35 @@ DONE = "done"
 ERROR = "error: "
 ANSWER_TIMEOUT_S = 30.0
 RELEASE_S = 2.0
+PROGRESS_S = 1.0
 
-Handler = Callable[[int, RequestRecord], Awaitable[bool]]
-"""`await handler(vdi, request)`: True when it was done; False: the VDI is not held here."""
+Progress = Callable[[int, int], None]
+"""Told (objects done, objects in all)."""
+Handler = Callable[[int, RequestRecord, Progress], Awaitable[bool]]
+"""`await handler(vdi, request, told)`: True when done; False: the VDI is not held here."""
 
 
 class RefusedByHolderError(SheepError):
     """The holder could not do it; its reason is the message."""
 
 
+def ignore_progress(done: int, total: int) -> None:
+    """For what does not take long."""
+
+
 async def ask(
-    store: Store, keys: Keys, vdi: int, what: str, arguments: Mapping[str, str], lease: int
+    store: Store,
+    keys: Keys,
+    vdi: int,
+    what: str,
+    arguments: Mapping[str, str],
+    lease: int,
+    told: Progress = ignore_progress,
 ) -> None:
     """Have a VDI's holder do something.
+
+    Args:
+        told: how far the holder is, of what takes long.
 
     Raises:
         RefusedByHolderError: it could not.
@@ -50,17 +69,22 @@ async def ask(
         if await store.commit(put) is None:
             raise RetryableError("the request was there already")
         try:
-            with trio.move_on_after(ANSWER_TIMEOUT_S):
+            before = -1
+            with trio.move_on_after(ANSWER_TIMEOUT_S) as deadline:
                 while True:
                     await hints.receive()
                     found = await store.get(key)
                     if found is None:
                         raise RetryableError("the lease in etcd ended before the holder answered")
-                    outcome = RequestRecord.decode(found.value).outcome
-                    if outcome == DONE:
+                    request = RequestRecord.decode(found.value)
+                    if request.done != before:
+                        before = request.done
+                        told(request.done, request.total)
+                        deadline.deadline = trio.current_time() + ANSWER_TIMEOUT_S
+                    if request.outcome == DONE:
                         return
-                    if outcome:
-                        raise RefusedByHolderError(outcome.removeprefix(ERROR))
+                    if request.outcome:
+                        raise RefusedByHolderError(request.outcome.removeprefix(ERROR))
                     if await store.get(keys.lock(vdi)) is None:
                         raise RetryableError("the holder let the VDI go before it answered")
             raise UnreachableError(
@@ -78,25 +102,43 @@ async def serve(store: Store, keys: Keys, handler: Handler) -> None:
     """Answer requests for the VDIs that are held here, until cancelled."""
     busy: set[str] = set()
 
-    async def answer(key: str, revision: int, vdi: int, request: RequestRecord) -> None:
+    async def put(key: str, request: RequestRecord) -> None:
+        found = await store.get(key)
+        if found is not None:
+            # The lease stays that of who asks.
+            unchanged = Unchanged(key, found.mod_revision)
+            await store.commit(Transaction([unchanged], [Put(key, request.encode(), found.lease)]))
+
+    async def answer(key: str, vdi: int, request: RequestRecord) -> None:
+        latest = request
+
+        def told(done: int, total: int) -> None:
+            nonlocal latest
+            latest = dataclasses.replace(request, done=done, total=total)
+
+        async def show_progress() -> None:
+            shown = request
+            while True:
+                await trio.sleep(PROGRESS_S)
+                if latest != shown:
+                    shown = latest
+                    with suppress(UnreachableError):
+                        await put(key, shown)
+
         try:
             try:
-                if not await handler(vdi, request):
+                with plain_errors():
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(show_progress)
+                        held = await handler(vdi, request, told)
+                        nursery.cancel_scope.cancel()
+                if not held:
                     return
                 outcome = DONE
             except SheepError as error:
                 log.warning("VDI %d: %s asked by another: %s", vdi, request.what, error)
                 outcome = ERROR + str(error)
-            answered = RequestRecord(request.what, request.arguments, outcome)
-            found = await store.get(key)
-            if found is not None:
-                # The lease stays that of who asks.
-                await store.commit(
-                    Transaction(
-                        [Unchanged(key, found.mod_revision)],
-                        [Put(key, answered.encode(), found.lease)],
-                    )
-                )
+            await put(key, dataclasses.replace(latest, outcome=outcome))
         except SheepError as error:
             log.warning("request %s: %s", key, error)
         finally:
@@ -118,4 +160,4 @@ async def serve(store: Store, keys: Keys, handler: Handler) -> None:
                     continue
                 if vdi.isdecimal() and number and not request.outcome and kv.key not in busy:
                     busy.add(kv.key)
-                    nursery.start_soon(answer, kv.key, kv.mod_revision, int(vdi), request)
+                    nursery.start_soon(answer, kv.key, int(vdi), request)

@@ -36,6 +36,7 @@ from sheepfs.core.metadata import (
     check_vdi_name,
 )
 from sheepfs.flusher import store_pages
+from sheepfs.holder_requests import Progress
 from sheepfs.net.attach import Attachment, Extra, commit, nothing_more
 from sheepfs.net.catalog import Catalog, Change
 from sheepfs.net.records import COMMIT_PATIENCE_S, COMMIT_RETRY_S
@@ -47,8 +48,6 @@ from sheepfs.volume import Volume
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
-"""Told (objects done, objects in all)."""
 Changes = tuple[list[Unchanged], list[Put | Delete]]
 
 
@@ -255,7 +254,6 @@ class Snapshots:
         Raises: HeldElsewhereError, SheepError.
         """
         check_copies(copies)
-        await self._catalog.want_pool(copies)
         await volume.borrow()
 
         async def publish(captured: Captured) -> None:

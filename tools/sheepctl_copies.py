@@ -27,7 +27,6 @@ from sheepfs.core.metadata import (
     snapshot_file,
     split_name,
 )
-from sheepfs.volume import Volume
 from sheepfs_tools.progress import Moved, progress
 from sheepfs_tools.sheepctl_output import print_json, printable
 
@@ -141,11 +140,8 @@ async def vdi_flatten(arguments: argparse.Namespace) -> int:
     """Cut a clone loose: give it data of its own for all that it shares with its origin."""
     async with as_mount(arguments) as cluster:
         name, vdi = await find(cluster, arguments.name)
-        async with cluster.opened(vdi) as volume:
-            if not isinstance(volume, Volume):
-                raise UsageError(f"{printable(name)} is a snapshot: clone it, then flatten that")
-            with objects_progress(f"flattening {name}", arguments.json) as told:
-                await cluster.snapshots.flatten(volume, told)
+        with objects_progress(f"flattening {name}", arguments.json) as told:
+            await cluster.flatten(vdi, told)
     if arguments.json:
         print_json({"name": name})
     else:
@@ -158,11 +154,8 @@ async def vdi_copies(arguments: argparse.Namespace) -> int:
     check_copies(arguments.copies)
     async with as_mount(arguments) as cluster:
         name, vdi = await find(cluster, arguments.name)
-        async with cluster.opened(vdi) as volume:
-            if not isinstance(volume, Volume):
-                raise UsageError(f"{printable(name)} is a snapshot: it keeps its copies")
-            with objects_progress(f"copying {name}", arguments.json) as told:
-                await cluster.snapshots.change_copies(volume, arguments.copies, told)
+        with objects_progress(f"copying {name}", arguments.json) as told:
+            await cluster.change_copies(vdi, arguments.copies, told)
     if arguments.json:
         print_json({"name": name, "copies": arguments.copies})
     else:

@@ -314,8 +314,11 @@ class RequestRecord(Record):
     """`requests/<vdi id>/<number>`, leased by who asks: to be done by the VDI's holder."""
 
     what: str
-    """`snapshot`, `clone`, `freeze` or `resize`."""
+    """`snapshot`, `clone`, `freeze`, `resize`, `flatten` or `copies`."""
     arguments: dict[str, str] = field(default_factory=dict)
+    done: int = 0
+    """Objects done, of what takes long; written by the holder now and then."""
+    total: int = 0
     outcome: str = ""
     """Written by the holder: `done`, or `error: ` and the reason."""
 
