@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 import trio
 
 from sheepfs.callbacks import OperationError, completion
+from sheepfs.changes import ObjectState
 from sheepfs.core.errors import FencedError
 from sheepfs.core.geometry import map_object
 from sheepfs.core.wire import Buffer, Op
-from sheepfs.replication import ObjectState, Replicator
+from sheepfs.replication import Replicator
 
 if TYPE_CHECKING:
-    from sheepfs.volume import Volume
+    from sheepfs.mapping import MapOwner
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ Begin = Callable[[int], Awaitable[tuple[int, int]]]
 Commit = Callable[[Captured], Awaitable[None]]
 
 
-async def capture(volume: Volume, begin: Begin, commit: Commit) -> None:
+async def capture(volume: MapOwner, begin: Begin, commit: Commit) -> None:
     """Do what `Volume.capture` promises; the volume is attached, and no other capture runs."""
     replicator, flusher = volume.replicator, volume.flusher
     if replicator is None or flusher is None:

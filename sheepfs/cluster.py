@@ -16,7 +16,6 @@ import trio
 
 from sheepfs.backend import Attributes, Capacity, OnChange, OpenVolume
 from sheepfs.core.errors import (
-    FencedError,
     HeldElsewhereError,
     ReadOnlyError,
     RetryableError,
@@ -35,20 +34,18 @@ from sheepfs.core.metadata import (
 from sheepfs.core.wire import Op
 from sheepfs.frozen import FrozenVolume, snapshot_attributes
 from sheepfs.holder_requests import Progress, ask, ignore_progress
+from sheepfs.holding import Holding
 from sheepfs.listing import Listing, Named
-from sheepfs.net.attach import Attachment, attach, detach, reclaim_after_lease_loss, save
 from sheepfs.net.catalog import Catalog
-from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.link import next_request
 from sheepfs.net.router import Router
-from sheepfs.net.store import LeaseKeeper, Store
-from sheepfs.sharing import Shareable, copy_range
+from sheepfs.net.store import Store
+from sheepfs.sharing import copy_range
 from sheepfs.snapshots import Snapshots
 from sheepfs.volume import Volume
 
 log = logging.getLogger(__name__)
 
-LEASE_TTL_S = 10
 START_TIMEOUT_S = 10.0
 CAPACITY_TIMEOUT_S = 1.0
 DEFAULT_COPIES = 3
@@ -68,13 +65,16 @@ class Cluster:
         self.router = router
         self.store = store
         self.keys = keys
-        self._owner = owner
         self._nursery = nursery
         self._volumes: dict[int, Volume | FrozenVolume] = {}
         self._listing = Listing(catalog, self._take_list)
-        self._keeper: LeaseKeeper | None = None
-        self._keeper_lock = trio.Lock()
-        self.snapshots = Snapshots(store, keys, catalog, router, self._lease)
+        self.holding = Holding(
+            store, keys, catalog, router, owner, nursery, self._open_vdis, self._listing.forget
+        )
+        self.snapshots = Snapshots(store, keys, catalog, router, self.holding.lease)
+
+    def _open_vdis(self) -> list[Volume]:
+        return [volume for volume in self._volumes.values() if isinstance(volume, Volume)]
 
     # -- names ------------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ class Cluster:
             frozen = FrozenVolume(item.name, item.record, self.router, self._nursery)
             frozen.on_idle = self._forget_volume
             return frozen
-        volume = Volume(item.name, item.record, self.router, self, self._nursery)
+        volume = Volume(item.name, item.record, self.router, self.holding, self._nursery)
         volume.on_idle = self._forget_volume
         return volume
 
@@ -250,82 +250,6 @@ class Cluster:
             f"no storage daemon has made the pool of {copies} copies: are daemons running?"
         )
 
-    # -- sheepfs.volume.Attacher ------------------------------------------------------------
-
-    async def attach(self, vdi: int) -> Attachment:
-        """Become the holder of a VDI (for Volume). Raises HeldElsewhereError."""
-        keeper = await self._lease()
-        attachment = await attach(self.store, self.keys, vdi, self._owner, keeper, self._fence)
-        self._listing.forget()
-        return attachment
-
-    async def _fence(self, vdi: int, token: int) -> None:
-        await fence_everywhere(self.router, vdi, token)
-
-    async def is_held(self, vdi: int) -> bool:
-        """Tell whether any mount holds the VDI."""
-        return await self.store.get(self.keys.lock(vdi)) is not None
-
-    async def save(self, attachment: Attachment, record: VdiRecord) -> None:
-        """Keep a held VDI's size and usage in etcd."""
-        await save(
-            attachment,
-            lambda r: dataclasses.replace(
-                r, size=record.size, maps=record.maps, allocated=record.allocated,
-                modified=record.modified,
-            ),
-        )  # fmt: skip
-        self._listing.forget()
-
-    async def detach(
-        self, attachment: Attachment, record: VdiRecord, *, clean: bool, dropped: bool
-    ) -> None:
-        """Let a VDI go; `dropped`: some frozen objects may be of no use to anyone now."""
-        try:
-            await detach(
-                attachment,
-                lambda r: dataclasses.replace(
-                    r, size=record.size, maps=record.maps, allocated=record.allocated,
-                    modified=record.modified, layer=record.layer, next=0,
-                ),
-                clean=clean,
-            )  # fmt: skip
-            if dropped:
-                await self.catalog.want_reclaim(record.family)
-        except FencedError as error:
-            log.warning("VDI %d: %s", record.id, error)
-        self._listing.forget()
-
-    async def _lease(self) -> LeaseKeeper:
-        """One lease for all VDIs that this mount holds."""
-        async with self._keeper_lock:
-            if self._keeper is None or self._keeper.lost.is_set():
-                keeper = LeaseKeeper(self.store, LEASE_TTL_S)
-                await self._nursery.start(keeper.run)
-                self._nursery.start_soon(self._watch_lease, keeper)
-                self._keeper = keeper
-            return self._keeper
-
-    async def _watch_lease(self, keeper: LeaseKeeper) -> None:
-        """After an etcd outage our lease may be gone: hold on to what nobody took meanwhile."""
-        await keeper.lost.wait()
-        held = [
-            v for v in self._volumes.values() if isinstance(v, Volume) and v.attachment is not None
-        ]
-        if not held:
-            return
-        log.warning("the lease in etcd has ended; taking %d VDIs back", len(held))
-        new = await self._lease()
-        for volume in held:
-            if volume.attachment is None:
-                continue
-            try:
-                await reclaim_after_lease_loss(volume.attachment, new)
-            except SheepError as error:
-                log.error("VDI %s: %s", volume.name, error)
-            if volume.attachment is not None and volume.attachment.lost.is_set():
-                volume.fence("another mount took it over")
-
     async def close(self) -> None:
         """Flush and detach everything."""
         for volume in list(self._volumes.values()):
@@ -333,8 +257,7 @@ class Cluster:
                 await volume.detach()
             except SheepError as error:
                 log.error("VDI %s: %s", volume.name, error)
-        if self._keeper is not None and not self._keeper.lost.is_set():
-            await self.store.revoke(self._keeper.lease)
+        await self.holding.end()
 
     # -- snapshots and shares ---------------------------------------------------------------
 
@@ -415,7 +338,7 @@ class Cluster:
                             await volume.give_back()
                     break
                 except HeldElsewhereError:
-                    lease = (await self._lease()).lease
+                    lease = (await self.holding.lease()).lease
                     try:
                         await ask(self.store, self.keys, vdi, what, arguments, lease, told)
                         break
@@ -460,34 +383,9 @@ class Cluster:
         """Make a range of `target` equal to one of `source`; see the protocol."""
         return await copy_range(self, source, source_offset, target, target_offset, length)
 
-    async def join_family(self, target: Volume, source: Shareable) -> bool:
-        """Tell whether two may share objects; an empty target joins the source's family."""
-        if target.record.family == source.record.family:
-            return True
-        if not target.is_empty:
-            return False
-        await self.snapshots.join_family(target, source.record)
-        return True
-
-    async def frozen_entries(self, source: Shareable, first: int, last: int) -> dict[int, int]:
-        """Give index -> layer for sharing, from `first` on, as far as all are frozen."""
-        if isinstance(source, FrozenVolume):
-            return await source.entries(first, last)
-        vdi = source.record.id
-        if source.attachment is None and await self.is_held(vdi):
-            await self._at_holder(vdi, "freeze", {}, self.snapshots.freeze)
-        if source.attachment is None:
-            await source.look_again()
-            _, stored, _ = await self.catalog.find(vdi)
-            opened = {stored.layer, stored.next}
-        else:
-            opened = {source.open_layer}
-        entries = await source.entries(first, last)
-        if source.open_layer in entries.values() or len(entries) < last - first:
-            await self._at_holder(vdi, "freeze", {}, self.snapshots.freeze)
-            opened = {source.open_layer}
-            entries = await source.entries(first, last)
-        return _before(entries, opened)
+    async def freeze(self, vdi: int) -> None:
+        """Let everything that a VDI's map names belong to frozen layers, wherever it is held."""
+        await self._at_holder(vdi, "freeze", {}, self.snapshots.freeze)
 
     async def check_exists(self, item: int) -> None:
         """Make sure that a VDI or snapshot is still there, if only in the trash.
@@ -548,13 +446,3 @@ class Cluster:
                 body = json.dumps({"stalled": stalled}).encode()
                 for link in list(self.router.links.values()):
                     link.request(Op.REPORT, next_request(), lambda *_: None, body)
-
-
-def _before(entries: dict[int, int], layers: set[int]) -> dict[int, int]:
-    """Give the entries, in order, up to the first of one of these layers."""
-    result = {}
-    for index, layer in entries.items():
-        if layer in layers:
-            break
-        result[index] = layer
-    return result

@@ -15,11 +15,12 @@ import trio
 
 from sheepfs.callbacks import Completed, completion
 from sheepfs.capture import copy_in_place
+from sheepfs.changes import ObjectState
 from sheepfs.core.errors import SheepError, to_errno
 from sheepfs.core.geometry import BLOCK_SIZE, data_object, pool_of, tag_of
 from sheepfs.core.wire import FLAG_CREATE, Buffer, Op
 from sheepfs.objects import ObjectReader
-from sheepfs.replication import ObjectState, Replicator
+from sheepfs.replication import Replicator
 from sheepfs.vdimap import VdiMap
 
 log = logging.getLogger(__name__)

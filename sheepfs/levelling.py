@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from sheepfs.changes import ObjectState
 from sheepfs.core.errors import (
     CorruptError,
     DiskError,
@@ -28,7 +29,7 @@ from sheepfs.core.wire import Op
 from sheepfs.net.link import Link
 
 if TYPE_CHECKING:
-    from sheepfs.replication import ObjectState, Replicator
+    from sheepfs.replication import Replicator
 
 log = logging.getLogger(__name__)
 

@@ -7,16 +7,20 @@ Always holds:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import trio
 
 from sheepfs.callbacks import Completed, completion
+from sheepfs.capture import Begin, Captured, Commit, capture
+from sheepfs.copyonwrite import CopyOnWrite
 from sheepfs.core.errors import FencedError
 from sheepfs.core.geometry import MAP_ENTRIES_PER_BLOCK, OBJECT_SIZE, data_object
+from sheepfs.core.metadata import VdiRecord
 from sheepfs.core.wire import Op
 from sheepfs.net.groups import plain_errors
+from sheepfs.replication import Replicator
 from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
 from sheepfs.writing import GATE_POLL_S, MapWriter
 
@@ -26,8 +30,76 @@ PARALLEL_COPIES = 8
 class MapOwner(MapWriter):
     """A map that takes entries of others."""
 
+    record: VdiRecord
+    """As in etcd, as far as this mount knows."""
+    _saved_size: int
     _capturing: trio.Lock
     """Held by whoever works on the whole map."""
+    _converge: bool
+    """The last holder did not detach: replicas are compared before the first read."""
+    _converged: trio.Event
+    _converging: trio.CancelScope
+
+    async def _load_map(self, map_index: int, offset: int, length: int) -> bytes:
+        """Read a part of one of the VDI's map objects."""
+        raise NotImplementedError
+
+    def _new_copies(self, replicator: Replicator) -> CopyOnWrite:
+        return CopyOnWrite(replicator, self._reader, self._map, self._nursery, self._half_made)
+
+    async def capture(self, begin: Begin, commit: Commit) -> None:
+        """Freeze what is written so far under a map of its own (docs/snapshots.md).
+
+        Args:
+            begin: gives the ids of two new layers: the next open one, and that of the map.
+            commit: makes it known in etcd.
+
+        Durability: what was complete before the call is durable when `commit` is called.
+        Ordering: of two writes of which one was complete before the other was issued, it has
+        both, the first, or none.
+
+        Raises:
+            HeldElsewhereError: another mount holds the VDI.
+            SheepError: what `begin` or `commit` raised; or the data could not be made durable.
+        """
+        async with self._capturing:
+            await self._attach()
+            await self._converged.wait()
+            await capture(self, begin, commit)
+
+    def committed(self, record: VdiRecord) -> None:
+        """Take the record as it is in etcd now."""
+        self.record = record
+        self._saved_size = record.size
+
+    async def replace_map(self, publish: Callable[[Replicator], Awaitable[VdiRecord]]) -> None:
+        """Go on with another map; what only the former one names is gone.
+
+        Args:
+            publish: makes the map and then makes it the VDI's in etcd; gives the record.
+        """
+        async with self._capturing:
+            await self._attach()
+            replicator, flusher = self.replicator, self.flusher
+            if replicator is None or flusher is None:
+                raise FencedError(f"{self.name} was let go meanwhile")
+            async with flusher.paused():
+                try:
+                    await self.hold_changes()
+                    record = await publish(replicator)
+                    self.committed(record)
+                    self._size, self._allocated = record.size, record.allocated
+                    self._modified = record.modified
+                    self.open_layer = record.layer
+                    self._map = VdiMap(record.maps, self._load_map)
+                    flusher.restart(record.map, self._map)
+                    self._copies = self._new_copies(replicator)
+                    # Frozen objects were level when they were frozen.
+                    self._converging.cancel()
+                    self._converge = False
+                    self._converged.set()
+                finally:
+                    self.release_changes()
 
     async def rewrite(
         self, chosen: Callable[[int], bool], progress: Callable[[int, int], None]
@@ -156,3 +228,9 @@ class MapOwner(MapWriter):
                 await self.replicator.open(state)
             if self._map.get(index) != layer:
                 self._half_made(state.oid, state.version)
+
+    def captured(self, map_layer: int) -> Captured:
+        """Describe the VDI as it is, for a map copied to `map_layer`."""
+        return Captured(
+            self._size, map_layer, self._map.existing, max(self._allocated, 0), self.open_layer
+        )

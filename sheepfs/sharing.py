@@ -62,9 +62,9 @@ async def _share(
     if end % OBJECT_SIZE and end == source.size and target.size <= end:
         # Beyond the end an object is zeros: it may be shared whole.
         last += 1
-    if first == last or not await cluster.join_family(target, source):
+    if first == last or not await _join_family(cluster, target, source):
         return 0
-    entries = await cluster.frozen_entries(source, first, last)
+    entries = await _frozen_entries(cluster, source, first, last)
     if not entries:
         return 0
     replaced = await target.share(entries, min(end, (first + len(entries)) * OBJECT_SIZE))
@@ -104,3 +104,46 @@ async def _clear(target: Volume, offset: int, length: int) -> None:
         await target.punch(offset, min(length, target.size - offset))
     if offset + length > target.size:
         await target.resize(offset + length)
+
+
+async def _join_family(cluster: Cluster, target: Volume, source: Shareable) -> bool:
+    """Tell whether two may share objects; an empty target joins the source's family."""
+    if target.record.family == source.record.family:
+        return True
+    if not target.is_empty:
+        return False
+    await cluster.snapshots.join_family(target, source.record)
+    return True
+
+
+async def _frozen_entries(
+    cluster: Cluster, source: Shareable, first: int, last: int
+) -> dict[int, int]:
+    """Give index -> layer for sharing, from `first` on, as far as all are frozen."""
+    if isinstance(source, FrozenVolume):
+        return await source.entries(first, last)
+    vdi = source.record.id
+    if source.attachment is None and await cluster.holding.is_held(vdi):
+        await cluster.freeze(vdi)
+    if source.attachment is None:
+        await source.look_again()
+        _, stored, _ = await cluster.catalog.find(vdi)
+        opened = {stored.layer, stored.next}
+    else:
+        opened = {source.open_layer}
+    entries = await source.entries(first, last)
+    if source.open_layer in entries.values() or len(entries) < last - first:
+        await cluster.freeze(vdi)
+        opened = {source.open_layer}
+        entries = await source.entries(first, last)
+    return _before(entries, opened)
+
+
+def _before(entries: dict[int, int], layers: set[int]) -> dict[int, int]:
+    """Give the entries, in order, up to the first of one of these layers."""
+    result = {}
+    for index, layer in entries.items():
+        if layer in layers:
+            break
+        result[index] = layer
+    return result

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from sheepfs.changes import Group
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import CorruptError, FencedError, Status
 from sheepfs.core.wire import Header, Op
 from sheepfs.net.link import Link, describe, next_request
 
 if TYPE_CHECKING:
-    from sheepfs.replication import Group, Replicator
+    from sheepfs.replication import Replicator
 
 log = logging.getLogger(__name__)
 

@@ -13,26 +13,23 @@ import dataclasses
 import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Protocol
 
 import trio
 
 from sheepfs.backend import Attributes, Done, ReadDone
 from sheepfs.callbacks import completion
-from sheepfs.capture import Begin, Captured, Commit, capture
 from sheepfs.convergence import converge
-from sheepfs.copyonwrite import CopyOnWrite
-from sheepfs.core.errors import FencedError, SheepError
+from sheepfs.core.errors import SheepError
 from sheepfs.core.geometry import (
     copies_of,
     map_object,
 )
 from sheepfs.core.metadata import VdiRecord
 from sheepfs.flusher import Flusher
+from sheepfs.holding import Attacher
 from sheepfs.holes import seek
 from sheepfs.inventory import data_of
 from sheepfs.mapping import MapOwner
-from sheepfs.net.attach import Attachment
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
 from sheepfs.reading import Opening, failed
@@ -48,28 +45,6 @@ GATE_POLL_S = 0.001
 MEASURE_EVERY_S = 10.0
 MEASURE_AT_DETACH_S = 0.5
 PARALLEL_COPIES = 8
-
-
-class Attacher(Protocol):
-    """The etcd side of holding a VDI (sheepfs.cluster)."""
-
-    async def attach(self, vdi: int) -> Attachment:
-        """Become the one holder; every node refuses the former one on return."""
-        ...
-
-    async def is_held(self, vdi: int) -> bool:
-        """Tell whether any mount holds the VDI."""
-        ...
-
-    async def save(self, attachment: Attachment, record: VdiRecord) -> None:
-        """Keep size and usage in etcd."""
-        ...
-
-    async def detach(
-        self, attachment: Attachment, record: VdiRecord, *, clean: bool, dropped: bool
-    ) -> None:
-        """Let others attach; `dropped`: objects of frozen layers may be dead now."""
-        ...
 
 
 class Volume(MapOwner):
@@ -214,9 +189,6 @@ class Volume(MapOwner):
             self.name, record.map, replicator, self._map, self._save_if_changed, self._is_saved
         )
         self._copies = self._new_copies(replicator)
-
-    def _new_copies(self, replicator: Replicator) -> CopyOnWrite:
-        return CopyOnWrite(replicator, self._reader, self._map, self._nursery, self._half_made)
 
     async def detach(self) -> None:
         """Flush everything and let other mounts attach.
@@ -394,60 +366,6 @@ class Volume(MapOwner):
 
     # -- snapshots --------------------------------------------------------------------------
 
-    async def capture(self, begin: Begin, commit: Commit) -> None:
-        """Freeze what is written so far under a map of its own (docs/snapshots.md).
-
-        Args:
-            begin: gives the ids of two new layers: the next open one, and that of the map.
-            commit: makes it known in etcd.
-
-        Durability: what was complete before the call is durable when `commit` is called.
-        Ordering: of two writes of which one was complete before the other was issued, it has
-        both, the first, or none.
-
-        Raises:
-            HeldElsewhereError: another mount holds the VDI.
-            SheepError: what `begin` or `commit` raised; or the data could not be made durable.
-        """
-        async with self._capturing:
-            await self._attach()
-            await self._converged.wait()
-            await capture(self, begin, commit)
-
-    def committed(self, record: VdiRecord) -> None:
-        """Take the record as it is in etcd now."""
-        self.record = record
-        self._saved_size = record.size
-
-    async def replace_map(self, publish: Callable[[Replicator], Awaitable[VdiRecord]]) -> None:
-        """Go on with another map; what only the former one names is gone.
-
-        Args:
-            publish: makes the map and then makes it the VDI's in etcd; gives the record.
-        """
-        async with self._capturing:
-            await self._attach()
-            replicator, flusher = self.replicator, self.flusher
-            if replicator is None or flusher is None:
-                raise FencedError(f"{self.name} was let go meanwhile")
-            async with flusher.paused():
-                try:
-                    await self.hold_changes()
-                    record = await publish(replicator)
-                    self.committed(record)
-                    self._size, self._allocated = record.size, record.allocated
-                    self._modified = record.modified
-                    self.open_layer = record.layer
-                    self._map = VdiMap(record.maps, self._load_map)
-                    flusher.restart(record.map, self._map)
-                    self._copies = self._new_copies(replicator)
-                    # Frozen objects were level when they were frozen.
-                    self._converging.cancel()
-                    self._converge = False
-                    self._converged.set()
-                finally:
-                    self.release_changes()
-
     async def measure(self) -> None:
         """Count the data that the map names; `allocated` is exact then. Raises SheepError."""
         modified = self._modified
@@ -465,12 +383,6 @@ class Volume(MapOwner):
         while True:
             await trio.sleep(MEASURE_EVERY_S)
             await self._measure_if_changed()
-
-    def captured(self, map_layer: int) -> Captured:
-        """Describe the VDI as it is, for a map copied to `map_layer`."""
-        return Captured(
-            self._size, map_layer, self._map.existing, max(self._allocated, 0), self.open_layer
-        )
 
     # -- flush ------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ class ClusterAccess:
             frozen = (await self._catalog.snapshot(found.name, found.tag)).record
             return Image(ObjectReader(router, frozen.vdi), frozen.size, frozen.map, frozen.maps)
         _, record, _ = await self._catalog.find(found.vdi)
-        if not record.clean and not await self._cluster.is_held(record.id):
+        if not record.clean and not await self._cluster.holding.is_held(record.id):
             async with self._cluster.opened(record.id) as volume:
                 if isinstance(volume, Volume):
                     await volume.level()

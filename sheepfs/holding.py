@@ -1,0 +1,160 @@
+"""Holding VDIs: the mount's one lease in etcd, attach, save, detach.
+
+Always holds:
+- One lease for all VDIs that a mount holds. When etcd says that it has ended, what nobody took
+  meanwhile is taken back under a new one, with the same token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from sheepfs.core.errors import FencedError, SheepError
+from sheepfs.core.metadata import Keys, VdiRecord
+from sheepfs.net.attach import Attachment, attach, detach, reclaim_after_lease_loss, save
+from sheepfs.net.catalog import Catalog
+from sheepfs.net.fencing import fence_everywhere
+from sheepfs.net.router import Router
+from sheepfs.net.store import LeaseKeeper, Store
+
+if TYPE_CHECKING:
+    from sheepfs.volume import Volume
+
+log = logging.getLogger(__name__)
+
+LEASE_TTL_S = 10
+
+
+class Attacher(Protocol):
+    """The etcd side of holding a VDI (sheepfs.cluster)."""
+
+    async def attach(self, vdi: int) -> Attachment:
+        """Become the one holder; every node refuses the former one on return."""
+        ...
+
+    async def is_held(self, vdi: int) -> bool:
+        """Tell whether any mount holds the VDI."""
+        ...
+
+    async def save(self, attachment: Attachment, record: VdiRecord) -> None:
+        """Keep size and usage in etcd."""
+        ...
+
+    async def detach(
+        self, attachment: Attachment, record: VdiRecord, *, clean: bool, dropped: bool
+    ) -> None:
+        """Let others attach; `dropped`: objects of frozen layers may be dead now."""
+        ...
+
+
+class Holding:
+    """What one mount holds; implements `Attacher`.
+
+    Args:
+        volumes: gives the VDIs that the mount has open.
+        changed: told that a record was changed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        catalog: Catalog,
+        router: Router,
+        owner: str,
+        nursery: trio.Nursery,
+        volumes: Callable[[], Iterable[Volume]],
+        changed: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._keys = keys
+        self._catalog = catalog
+        self._router = router
+        self._owner = owner
+        self._nursery = nursery
+        self._volumes = volumes
+        self._changed = changed
+        self._keeper: LeaseKeeper | None = None
+        self._keeper_lock = trio.Lock()
+
+    async def attach(self, vdi: int) -> Attachment:
+        """Become the holder of a VDI (for Volume). Raises HeldElsewhereError."""
+        keeper = await self.lease()
+        attachment = await attach(self._store, self._keys, vdi, self._owner, keeper, self._fence)
+        self._changed()
+        return attachment
+
+    async def _fence(self, vdi: int, token: int) -> None:
+        await fence_everywhere(self._router, vdi, token)
+
+    async def is_held(self, vdi: int) -> bool:
+        """Tell whether any mount holds the VDI."""
+        return await self._store.get(self._keys.lock(vdi)) is not None
+
+    async def save(self, attachment: Attachment, record: VdiRecord) -> None:
+        """Keep a held VDI's size and usage in etcd."""
+        await save(
+            attachment,
+            lambda r: dataclasses.replace(
+                r, size=record.size, maps=record.maps, allocated=record.allocated,
+                modified=record.modified,
+            ),
+        )  # fmt: skip
+        self._changed()
+
+    async def detach(
+        self, attachment: Attachment, record: VdiRecord, *, clean: bool, dropped: bool
+    ) -> None:
+        """Let a VDI go; `dropped`: some frozen objects may be of no use to anyone now."""
+        try:
+            await detach(
+                attachment,
+                lambda r: dataclasses.replace(
+                    r, size=record.size, maps=record.maps, allocated=record.allocated,
+                    modified=record.modified, layer=record.layer, next=0,
+                ),
+                clean=clean,
+            )  # fmt: skip
+            if dropped:
+                await self._catalog.want_reclaim(record.family)
+        except FencedError as error:
+            log.warning("VDI %d: %s", record.id, error)
+        self._changed()
+
+    async def lease(self) -> LeaseKeeper:
+        """One lease for all VDIs that this mount holds."""
+        async with self._keeper_lock:
+            if self._keeper is None or self._keeper.lost.is_set():
+                keeper = LeaseKeeper(self._store, LEASE_TTL_S)
+                await self._nursery.start(keeper.run)
+                self._nursery.start_soon(self._watch_lease, keeper)
+                self._keeper = keeper
+            return self._keeper
+
+    async def _watch_lease(self, keeper: LeaseKeeper) -> None:
+        """After an etcd outage our lease may be gone: hold on to what nobody took meanwhile."""
+        await keeper.lost.wait()
+        held = [volume for volume in self._volumes() if volume.attachment is not None]
+        if not held:
+            return
+        log.warning("the lease in etcd has ended; taking %d VDIs back", len(held))
+        new = await self.lease()
+        for volume in held:
+            if volume.attachment is None:
+                continue
+            try:
+                await reclaim_after_lease_loss(volume.attachment, new)
+            except SheepError as error:
+                log.error("VDI %s: %s", volume.name, error)
+            if volume.attachment is not None and volume.attachment.lost.is_set():
+                volume.fence("another mount took it over")
+
+    async def end(self) -> None:
+        """End the lease: nothing is held any more. Raises UnreachableError."""
+        if self._keeper is not None and not self._keeper.lost.is_set():
+            await self._store.revoke(self._keeper.lease)
