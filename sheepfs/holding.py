@@ -41,6 +41,10 @@ class Attacher(Protocol):
         """Tell whether any mount holds the VDI."""
         ...
 
+    async def read_record(self, vdi: int) -> tuple[str, VdiRecord]:
+        """Give a VDI's name and record as they are now. Raises VdiNotFoundError."""
+        ...
+
     async def save(self, attachment: Attachment, record: VdiRecord) -> None:
         """Keep size and usage in etcd."""
         ...
@@ -95,6 +99,11 @@ class Holding:
     async def is_held(self, vdi: int) -> bool:
         """Tell whether any mount holds the VDI."""
         return await self._store.get(self._keys.lock(vdi)) is not None
+
+    async def read_record(self, vdi: int) -> tuple[str, VdiRecord]:
+        """Give a VDI's name and record as they are now. Raises VdiNotFoundError."""
+        name, record, _ = await self._catalog.find(vdi)
+        return name, record
 
     async def save(self, attachment: Attachment, record: VdiRecord) -> None:
         """Keep a held VDI's size and usage in etcd."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import trio
@@ -19,12 +19,13 @@ import trio
 from sheepfs.backend import Attributes, Done, ReadDone
 from sheepfs.callbacks import completion
 from sheepfs.convergence import converge
-from sheepfs.core.errors import SheepError
+from sheepfs.core.errors import SheepError, UnreachableError
 from sheepfs.core.geometry import (
     copies_of,
     map_object,
 )
 from sheepfs.core.metadata import VdiRecord
+from sheepfs.core.wire import Buffer
 from sheepfs.flusher import Flusher
 from sheepfs.holding import Attacher
 from sheepfs.holes import seek
@@ -276,10 +277,27 @@ class Volume(MapOwner):
         if length <= 0:
             done(0, ())
             return
-        if not self.attachment and not self._reader_map_is_good():
+        if self.attachment:
+            self._read_range(offset, length, done)
+        elif self._reader_map_is_good():
+            self._read_range(offset, length, self._read_once_more(offset, length, done))
+        else:
             self._later(lambda: self._read_as_reader(offset, length, done), failed(done))
-            return
-        self._read_range(offset, length, done)
+
+    def _read_once_more(self, offset: int, length: int, done: ReadDone) -> ReadDone:
+        """The holder may have replaced what this reader's map names, and reclaim removed it."""
+
+        async def again() -> None:
+            await self.look_again()
+            self._read_range(offset, length, done)
+
+        def read(code: int, buffers: Sequence[Buffer]) -> None:
+            if code and self.attachment is None:
+                self._later(again, failed(done))
+            else:
+                done(code, buffers)
+
+        return read
 
     def _unusable(self) -> bool:
         return self.replicator is not None and self.replicator.fenced
@@ -298,10 +316,21 @@ class Volume(MapOwner):
 
     async def _read_as_reader(self, offset: int, length: int, done: ReadDone) -> None:
         await self.look_again()
-        self.read(offset, length, done)
+        length = min(length, self._size - offset)
+        if length <= 0:
+            done(0, ())
+        else:
+            self._read_range(offset, length, self._read_once_more(offset, length, done))
 
     async def look_again(self) -> None:
-        """Without holding the VDI: after a crash of the holder, first converge (I2)."""
+        """Without holding the VDI: see what is stored now; after a crash first converge (I2)."""
+        if self.attachment is None:
+            try:
+                name, record = await self._attacher.read_record(self.record.id)
+                self.refresh(name, record)
+            except UnreachableError as error:
+                # Reading goes on without etcd (I10).
+                log.debug("%s: its record cannot be read now: %s", self.name, error)
         if not self.record.clean and not await self._attacher.is_held(self.record.id):
             await self._attach()
         if self.attachment is None:

@@ -114,6 +114,10 @@ class StaticMount:
         """Tell whether any mount holds the VDI."""
         return self.etcd.holder is not None
 
+    async def read_record(self, vdi: int) -> tuple[str, VdiRecord]:
+        """Give the VDI as it is now."""
+        return "test", self.etcd.record
+
     async def save(self, attachment: Attachment, record: VdiRecord) -> None:
         """Keep size and usage."""
         self.saves.append(record)

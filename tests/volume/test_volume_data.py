@@ -367,3 +367,31 @@ async def test_a_joining_member_is_taken_back_too_when_another_has_no_space(
         assert copies(cluster, data_object(LAYER, 0)) == [A] * 3
         versions = {node.store.get(data_object(LAYER, 0)) for node in cluster.nodes.values()}
         assert len({entry.version for entry in versions if entry}) == 1
+
+
+async def test_a_reader_whose_map_names_what_is_gone_looks_again(tmp_path: Path) -> None:
+    async with mounted(tmp_path, 2 * OBJECT_SIZE) as (cluster, here, there):
+        await here.write(0, A)
+        await here.write(OBJECT_SIZE, B)
+        await here.flush()
+        assert await there.read(0, BLOCK) == A
+        await here.volume.punch(0, OBJECT_SIZE)
+        await here.flush()
+        await wait_until(lambda: copies(cluster, data_object(LAYER, 0)) == [None] * 3)
+        assert await there.read(0, BLOCK) == bytes(BLOCK)
+
+
+async def test_a_reader_follows_a_rollback(tmp_path: Path) -> None:
+    async with mounted(tmp_path, 2 * OBJECT_SIZE) as (cluster, here, there):
+        await here.write(0, A)
+        snapshot = await here.snapshot()
+        await here.write(0, B)
+        await here.flush()
+        assert await there.read(0, BLOCK) == B
+        before = here.volume.record.map
+        await here.rollback(snapshot)
+        for node in cluster.nodes.values():
+            node.store.delete(map_object(before, 0))
+        assert await there.read(0, BLOCK) in (A, B)
+        there.volume._map.forget_clean()
+        assert await there.read(0, BLOCK) == A
