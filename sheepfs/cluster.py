@@ -212,11 +212,19 @@ class Cluster:
         """Open for one more file handle; all handles of this mount share the volume."""
         volume = self._volumes.get(vdi)
         if volume is None:
-            item = await self._listing.by_id(vdi)
+            item = await self._find(vdi)
             await self._wait_pool(item.record.copies)
             volume = self._volumes.setdefault(vdi, self._make(item))
         volume.handles += 1
         return volume
+
+    async def _find(self, item: int) -> Named:
+        """Find a VDI or snapshot by its id as it is now, not as it was listed."""
+        try:
+            name, record, _ = await self.catalog.find(item)
+        except VdiNotFoundError:
+            return await self._listing.by_id(item)
+        return Named(name, record, name)
 
     def _make(self, item: Named) -> Volume | FrozenVolume:
         if isinstance(item.record, SnapshotRecord):
@@ -263,7 +271,7 @@ class Cluster:
 
     async def snapshot(self, vdi: int, tag: str) -> Attributes:
         """Keep a VDI as it is now; if another mount holds it, that one is asked to."""
-        item = await self._listing.by_id(vdi)
+        item = await self._find(vdi)
         if isinstance(item.record, SnapshotRecord):
             raise UsageError(f"{item.name} is a snapshot itself")
         await self._at_holder(
@@ -274,7 +282,7 @@ class Cluster:
 
     async def clone(self, vdi: int, name: str) -> Attributes:
         """Make a new VDI that begins as a VDI, or a snapshot, is now."""
-        item = await self._listing.by_id(vdi)
+        item = await self._find(vdi)
         if isinstance(item.record, SnapshotRecord):
             await self.snapshots.clone_snapshot(item.record, name)
         else:
@@ -282,7 +290,8 @@ class Cluster:
                 vdi, "clone", {"name": name}, lambda volume: self.snapshots.clone(volume, name)
             )
         self._listing.forget()
-        return await self.lookup(name)
+        record, _ = await self.catalog.vdi(name)
+        return self._attributes(Named(name, record, name))
 
     async def resize(self, vdi: int, size: int) -> None:
         """Grow or cut a VDI, wherever it is held."""
