@@ -83,12 +83,15 @@ class Cluster:
         for item in found:
             volume = self._volumes.get(item.record.id)
             if isinstance(volume, Volume) and isinstance(item.record, VdiRecord):
-                before = volume.attributes()
-                volume.refresh(item.name, item.record)
-                if volume.attributes() != before:
-                    self._changed(item.record.id)
+                self._take_record(volume, item.name, item.record)
             elif isinstance(volume, FrozenVolume) and isinstance(item.record, SnapshotRecord):
                 volume.refresh(item.name, item.record)
+
+    def _take_record(self, volume: Volume, name: str, record: VdiRecord) -> None:
+        before = volume.attributes()
+        volume.refresh(name, record)
+        if volume.attributes() != before:
+            self._changed(record.id)
 
     def _changed(self, vdi: int) -> None:
         for listener in self.on_change:
@@ -413,12 +416,14 @@ class Cluster:
         """Let open volumes see at once what others changed in their records."""
         async with self.store.watch(self.keys.vdis) as hints:
             async for _ in hints:
-                if any(v.attachment is None for v in self._volumes.values()):
-                    self._listing.forget()
-                    try:
-                        await self._listing.names()
-                    except SheepError as error:
-                        log.debug("names cannot be read: %s", error)
+                self._listing.forget()
+                try:
+                    for volume in self._open_vdis():
+                        if volume.attachment is None:
+                            name, record, _ = await self.catalog.find(volume.record.id)
+                            self._take_record(volume, name, record)
+                except SheepError as error:
+                    log.debug("records cannot be read: %s", error)
 
     # -- the cluster ------------------------------------------------------------------------
 

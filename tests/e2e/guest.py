@@ -46,6 +46,8 @@ case $(cat /proc/cmdline) in
 *task=format*)
     mkfs.ext4 -q -F /dev/vda || fail mkfs
     mount -t ext4 /dev/vda /mnt || fail mount
+    # As on the disk of a system, there is something that stays.
+    dd if=/dev/urandom of=/mnt/kept bs=1M count=20 2>/dev/null || fail "write"
     ;;
 *task=fill*)
     mount -t ext4 /dev/vda /mnt || fail mount

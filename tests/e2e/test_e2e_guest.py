@@ -31,15 +31,15 @@ def test_what_a_guest_deletes_and_trims_is_given_back_on_every_node(
     before_all = used(mounted)
     disk = mounted.create("trim", "2G")
     assert DONE in (console := guest.run(disk, "format")), console[-3000:]
-    empty = used(mounted) - before_all
+    before = used(mounted) - before_all
     assert DONE in (console := guest.run(disk, f"fill fill={megabytes}")), console[-3000:]
     full = used(mounted) - before_all
-    assert full - empty >= 3 * megabytes * 1_000_000
+    assert full - before >= 3 * megabytes * 1_000_000
     assert DONE in (console := guest.run(disk, "trim")), console[-3000:]
     trimmed = used(mounted) - before_all
-    print(f"used by all replicas: {empty} empty, {full} full, {trimmed} after fstrim")
-    assert trimmed <= empty * 1.05
-    assert disk.stat().st_blocks * 512 <= empty / 3 * 1.05
+    print(f"used by all replicas: {before} before, {full} full, {trimmed} after fstrim")
+    assert trimmed <= before * 1.05
+    assert disk.stat().st_blocks * 512 <= before / 3 * 1.05
 
 
 def test_what_a_guest_wrote_holds_after_the_whole_cluster_was_stopped_and_started(
