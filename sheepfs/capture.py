@@ -23,6 +23,7 @@ from sheepfs.changes import ObjectState
 from sheepfs.core.errors import FencedError
 from sheepfs.core.geometry import map_object
 from sheepfs.core.wire import Buffer, Op
+from sheepfs.net.groups import plain_errors
 from sheepfs.replication import Replicator
 
 if TYPE_CHECKING:
@@ -78,10 +79,11 @@ async def copy_maps(replicator: Replicator, source: int, target: int, maps: int)
 
     Durability: with the next flush. Raises: SheepError.
     """
-    async with trio.open_nursery() as nursery:
-        for index in range(maps.bit_length()):
-            if maps >> index & 1:
-                nursery.start_soon(_copy_map, replicator, source, target, index)
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            for index in range(maps.bit_length()):
+                if maps >> index & 1:
+                    nursery.start_soon(_copy_map, replicator, source, target, index)
 
 
 async def _copy_map(replicator: Replicator, source: int, target: int, index: int) -> None:

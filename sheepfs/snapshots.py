@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
 from sheepfs.callbacks import completion
-from sheepfs.capture import Captured, copy_maps
+from sheepfs.capture import Captured, Commit, copy_maps
 from sheepfs.core.errors import (
     SheepError,
     SnapshotExistsError,
@@ -39,6 +40,7 @@ from sheepfs.flusher import store_pages
 from sheepfs.holder_requests import Progress
 from sheepfs.net.attach import Attachment, Extra, commit, nothing_more
 from sheepfs.net.catalog import Catalog, Change
+from sheepfs.net.groups import plain_errors
 from sheepfs.net.records import COMMIT_PATIENCE_S, COMMIT_RETRY_S
 from sheepfs.net.router import Router
 from sheepfs.net.store import LeaseKeeper, Store
@@ -48,6 +50,7 @@ from sheepfs.volume import Volume
 
 log = logging.getLogger(__name__)
 
+ABANDON_S = 2.0
 Changes = tuple[list[Unchanged], list[Put | Delete]]
 
 
@@ -120,7 +123,7 @@ class Snapshots:
             volume.committed(attachment.record)
             made.append(record)
 
-        await volume.capture(lambda layer: self._begin(volume, layer), publish)
+        await self._capture(volume, publish)
         return made[0]
 
     async def freeze(self, volume: Volume) -> None:
@@ -136,7 +139,7 @@ class Snapshots:
             )
             volume.committed(attachment.record)
 
-        await volume.capture(lambda layer: self._begin(volume, layer, copy_map=False), publish)
+        await self._capture(volume, publish, copy_map=False)
 
     async def clone(self, volume: Volume, name: str) -> VdiRecord:
         """Make a new VDI that begins as this one is now.
@@ -168,7 +171,7 @@ class Snapshots:
             volume.committed(attachment.record)
             made.append(record)
 
-        await volume.capture(lambda layer: self._begin(volume, layer), publish)
+        await self._capture(volume, publish)
         return made[0]
 
     async def rollback(self, volume: Volume, snapshot: SnapshotRecord) -> None:
@@ -206,7 +209,8 @@ class Snapshots:
             )  # fmt: skip
             return attachment.record
 
-        await volume.replace_map(publish)
+        async with self._abandoning([target, layer]):
+            await volume.replace_map(publish)
 
     async def join_family(self, target: Volume, source: VdiRecord | SnapshotRecord) -> None:
         """Let an empty VDI that is held here belong to another's family, to share its objects."""
@@ -263,9 +267,7 @@ class Snapshots:
             )
             volume.committed(_held(volume).record)
 
-        await volume.capture(
-            lambda layer: self._begin(volume, layer, copy_map=False, copies=copies), publish
-        )
+        await self._capture(volume, publish, copy_map=False, copies=copies)
         await volume.rewrite(lambda layer: copies_of(layer) != copies, progress)
         if copies_of(volume.record.map) != copies:
             await self._move_map(volume, copies)
@@ -317,29 +319,63 @@ class Snapshots:
         )
         record = await self._new_vdi(source, target, source.id, time.time())
         building = await self._catalog.building(target)
-        async with trio.open_nursery() as nursery:
-            # The new id was never attached: any token passes.
-            replicator = Replicator(self._router, nursery, record.id, building.mod_revision, 0)
-            nursery.start_soon(replicator.run)
-            try:
-                await copy_maps(replicator, source.map, target, source.maps)
-                await replicator.unflushed.make_durable()
-            finally:
-                replicator.close()
-                nursery.cancel_scope.cancel()
+        async with self._abandoning([target, record.layer]):
+            await self._copy_snapshot_map(source, target, record.id, building.mod_revision)
 
-        async def decide(change: Change) -> None:
-            conditions, changes = await self._appearing(name, record)
-            change.conditions += [*conditions, await self._catalog.still_kept(source)]
-            change.changes += changes
+            async def decide(change: Change) -> None:
+                conditions, changes = await self._appearing(name, record)
+                change.conditions += [*conditions, await self._catalog.still_kept(source)]
+                change.changes += changes
 
-        await self._catalog.commit_surely(decide, lambda: self._appeared(name, record))
+            await self._catalog.commit_surely(decide, lambda: self._appeared(name, record))
         return record
+
+    async def _copy_snapshot_map(
+        self, source: SnapshotRecord, target: int, vdi: int, token: int
+    ) -> None:
+        """Copy a map for a VDI that was never attached: any token passes."""
+        with plain_errors():
+            async with trio.open_nursery() as nursery:
+                replicator = Replicator(self._router, nursery, vdi, token, 0)
+                nursery.start_soon(replicator.run)
+                try:
+                    await copy_maps(replicator, source.map, target, source.maps)
+                    await replicator.unflushed.make_durable()
+                finally:
+                    replicator.close()
+                    nursery.cancel_scope.cancel()
 
     # -- parts --------------------------------------------------------------------------------
 
+    async def _capture(
+        self, volume: Volume, publish: Commit, *, copy_map: bool = True, copies: int = 0
+    ) -> None:
+        made: list[int] = []
+
+        async def begin(open_layer: int) -> tuple[int, int]:
+            upcoming, target = await self._begin(volume, open_layer, copy_map, copies)
+            made.append(target)
+            return upcoming, target
+
+        async with self._abandoning(made):
+            await volume.capture(begin, publish)
+
+    @asynccontextmanager
+    async def _abandoning(self, layers: list[int]) -> AsyncIterator[None]:
+        """When the block fails, have what was made for these layers removed."""
+        try:
+            yield
+        except BaseException:
+            with trio.move_on_after(ABANDON_S, shield=True):
+                for layer in filter(None, layers):
+                    try:
+                        await self._catalog.abandon(layer)
+                    except UnreachableError as error:
+                        log.info("layer %#x goes with our lease: %s", layer, error)
+            raise
+
     async def _begin(
-        self, volume: Volume, open_layer: int, *, copy_map: bool = True, copies: int = 0
+        self, volume: Volume, open_layer: int, copy_map: bool, copies: int
     ) -> tuple[int, int]:
         """Give the next open layer, in the VDI's record already, and one for the map's copy."""
         attachment, record = _held(volume), volume.record

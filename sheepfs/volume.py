@@ -215,7 +215,9 @@ class Volume(MapOwner):
                 unflushed = self._is_busy(replicator) or replicator.unflushed.groups
                 if not unflushed and not self._map.is_dirty and not flusher.is_asked:
                     break
-            dropped = self._copies is not None and self._copies.copied > 0
+            dropped = not attachment.was_clean or (
+                self._copies is not None and self._copies.copied > 0
+            )
             # Nothing was changed since that flush, and from here on all changes attach again.
             self.attachment = self.replicator = self.flusher = self._copies = None
             self._direct = False

@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import logging
 
+import trio
+
 from sheepfs.core.clustermap import NodeState
 from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
 from sheepfs.core.wire import FLAG_KEEP_MAPS, RANGE, Op
@@ -28,6 +30,8 @@ from storaged.replica import Replica
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 5.0
+ALL_EVERY_S = 3600.0
+"""How often every family is looked at without being asked."""
 CALL_TIMEOUT_S = 60.0
 
 
@@ -48,6 +52,9 @@ class Reclaimer:
         self._leader = leader
         self._router = router
         self._maps = MapReading(replica, router)
+        self._building: dict[int, int] = {}
+        """Layers seen while their map was being made -> their family."""
+        self._all_at = trio.current_time() + ALL_EVERY_S
 
     async def run(self) -> None:
         """While leading, look for what is to be done."""
@@ -63,6 +70,11 @@ class Reclaimer:
 
     async def _look(self) -> None:
         await self._catalog.purge(expired_only=True)
+        await self._notice_abandoned()
+        if trio.current_time() >= self._all_at:
+            self._all_at = trio.current_time() + ALL_EVERY_S
+            for family in await self._catalog.all_roots():
+                await self._catalog.want_reclaim(family)
         for family, revision in await self._catalog.reclaim_wanted():
             if not self._leader.is_leader:
                 return
@@ -71,6 +83,17 @@ class Reclaimer:
                     await self._catalog.reclaim_done(family, revision)
             except SheepError as error:
                 log.warning("reclaim of family %#x waits: %s", family, error)
+
+    async def _notice_abandoned(self) -> None:
+        """Whoever dies while it makes a map leaves map objects that nobody asks to remove."""
+        now = await self._catalog.layers_building()
+        gone = {layer: self._building[layer] for layer in self._building.keys() - now.keys()}
+        self._building = now
+        for family in set(gone.values()):
+            roots = await self._catalog.roots(family)
+            used = roots.open | {root.map for root in roots.maps}
+            if any(layer not in used for layer, own in gone.items() if own == family):
+                await self._catalog.want_reclaim(family)
 
     async def reclaim(self, family: int) -> bool:
         """Remove what no map of a family names; tells whether every node has done it.

@@ -179,6 +179,14 @@ class LayerCatalog(TrashCatalog):
                 layers.add(int(kv.key.removeprefix(self._keys.layers)))
         return layers
 
+    async def layers_building(self) -> dict[int, int]:
+        """Give the layers whose map is being made -> their family."""
+        found, _ = await self._store.list(self._keys.building)
+        return {
+            int(kv.key.removeprefix(self._keys.building)): LayerRecord.decode(kv.value).family
+            for kv in found
+        }
+
     async def new_id(self) -> int:
         """Take an id for a VDI or snapshot that is being made: no other gets it."""
         return await self._commit(partial(self._next_id, "vdi"))
