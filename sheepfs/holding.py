@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from sheepfs.core.errors import FencedError, SheepError
+from sheepfs.core.errors import FencedError, HeldElsewhereError, SheepError
 from sheepfs.core.metadata import Keys, VdiRecord
 from sheepfs.net.attach import Attachment, attach, detach, reclaim_after_lease_loss, save
 from sheepfs.net.catalog import Catalog
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 10
+TOOL = ":sheepctl"
+"""How the owner ends that a tool calls itself; it holds a VDI for a moment only."""
+TOOL_PATIENCE_S = 2.0
+"""How long a mount waits for a tool: a VM must not fail to start beside a snapshot."""
+TOOL_POLL_S = 0.02
 
 
 class Attacher(Protocol):
@@ -89,9 +94,19 @@ class Holding:
     async def attach(self, vdi: int) -> Attachment:
         """Become the holder of a VDI (for Volume). Raises HeldElsewhereError."""
         keeper = await self.lease()
-        attachment = await attach(self._store, self._keys, vdi, self._owner, keeper, self._fence)
-        self._changed()
-        return attachment
+        give_up = trio.current_time() + TOOL_PATIENCE_S
+        while True:
+            try:
+                attachment = await attach(
+                    self._store, self._keys, vdi, self._owner, keeper, self._fence
+                )
+            except HeldElsewhereError as error:
+                if not error.owner.endswith(TOOL) or trio.current_time() > give_up:
+                    raise
+                await trio.sleep(TOOL_POLL_S)
+            else:
+                self._changed()
+                return attachment
 
     async def _fence(self, vdi: int, token: int) -> None:
         await fence_everywhere(self._router, vdi, token)

@@ -27,13 +27,14 @@ from sheepfs.core.metadata import (
     snapshot_file,
     split_name,
 )
+from sheepfs.holding import TOOL
 from sheepfs_tools.progress import Moved, progress
 from sheepfs_tools.sheepctl_output import print_json, printable
 
 
 def owner() -> str:
     """Name this process in messages to others."""
-    return f"{socket.gethostname()}:{os.getpid()}:sheepctl"
+    return f"{socket.gethostname()}:{os.getpid()}{TOOL}"
 
 
 @asynccontextmanager

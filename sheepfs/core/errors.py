@@ -88,9 +88,13 @@ class UnreachableError(RetryableError):
 
 
 class HeldElsewhereError(RetryableError):
-    """The VDI is attached by another mount."""
+    """The VDI is attached by another mount; `owner` is `host:pid:mountpoint`, if known."""
 
     errno = errno.EBUSY
+
+    def __init__(self, message: str, owner: str = "") -> None:
+        super().__init__(message)
+        self.owner = owner
 
 
 class TerminalError(SheepError):

@@ -360,7 +360,7 @@ def held_by(name: str, lock: KeyValue) -> HeldElsewhereError:
         owner = LockRecord.decode(lock.value).owner
     except ProtocolError:
         owner = "another version of sheepfs"
-    return HeldElsewhereError(f"VDI {name!r} is attached by {owner}")
+    return HeldElsewhereError(f"VDI {name!r} is attached by {owner}", owner)
 
 
 class Backoff:

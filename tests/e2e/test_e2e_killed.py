@@ -26,6 +26,7 @@ from sheepfs.connecting import connect
 from sheepfs.core.errors import HeldElsewhereError
 from sheepfs.core.geometry import OBJECT_SIZE
 from sheepfs.core.metadata import snapshot_file
+from sheepfs.holding import TOOL
 from sheepfs_tools.processes import wait_for
 
 MAX_VDIS = 8
@@ -293,6 +294,7 @@ class Killing:
             tool.wait()
         # A holder that was asked may still be at it; its lease tells when nobody asks any more.
         self._wait_no_requests()
+        self._wait_no_tool(name)
         if what == "snapshot":
             names = json.loads(self._tool("snapshot", "list", name, "--json"))
             if any(item["tag"] == new for item in names):
@@ -309,6 +311,15 @@ class Killing:
             assert found in (before, after), "neither rolled back nor as it was"
             disk.content[:] = found
             disk.settle()
+
+    def _wait_no_tool(self, name: str) -> None:
+        """A killed tool holds the VDI until its lease ends."""
+
+        def is_free() -> bool:
+            holder = json.loads(self._tool("vdi", "info", name, "--json"))["held_by"]
+            return holder is None or not holder.endswith(TOOL)
+
+        wait_for(is_free, DEADLINE_S, f"{name} to be free of tools")
 
     def _wait_no_requests(self) -> None:
         async def requests() -> int:
