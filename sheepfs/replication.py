@@ -224,9 +224,10 @@ class Replicator:
             if payload:
                 self.router.take_encoded(bytes(payload))
         elif status in _DISAGREE:
-            if change.base is None:
+            if change.base is None and change.op != Op.DELETE:
                 self._reopen(change.state)
             else:
+                # A delete is of one version only: what another one holds may be in use.
                 self._take_back(change)
                 change.done(errno.ESTALE)
         elif status == Status.FENCED:

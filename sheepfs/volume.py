@@ -342,6 +342,8 @@ class Volume(MapOwner):
     def refresh(self, name: str, record: VdiRecord) -> None:
         """Take a record read from etcd, while this mount does not hold the VDI."""
         self.name = name
+        if record.generation < self.record.generation:
+            return  # Read before what is known here, and only now taken.
         if self.attachment is None and not self._attaching.locked():
             if record.map != self.record.map:
                 # Rolled back on another host.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import trio
 
+from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.errors import (
     ObjectNotFoundError,
     ProtocolError,
@@ -41,37 +42,47 @@ class MapReading:
         self._replica = replica
         self._peers = peers
 
-    async def pages(self, layer: int, maps: int) -> AsyncIterator[tuple[int, bytes]]:
+    async def pages(self, layer: int, maps: int, settled: bool) -> AsyncIterator[tuple[int, bytes]]:
         """Yield (page number, 4 KiB) for all pages that are not empty.
 
         Args:
             layer: layer id under which the map is stored.
             maps: bit i is set when map object i exists.
+            settled: all replicas are equal: one is read. Else every sync member's page is given.
 
         Raises:
-            SheepError: a map object cannot be read from any sync member.
+            SheepError: a map object cannot be read from any, or from every, sync member.
         """
         for index in range(maps.bit_length()):
             if not maps >> index & 1:
                 continue
             oid = map_object(layer, index)
-            stored = blocks_in(await self._ask(oid, Op.EXTENTS, 0, 0))
-            for first, count in _runs(stored):
-                data = await self._ask(oid, Op.READ, first * BLOCK_SIZE, count * BLOCK_SIZE)
-                if len(data) != count * BLOCK_SIZE:
-                    raise ProtocolError(f"{describe_oid(oid)}: {len(data)} bytes of {count} pages")
-                for i in range(count):
-                    page = data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
-                    yield index * PAGES_PER_OBJECT + first + i, page
+            sync = self._group(oid)[1].sync
+            for nodes in [sync] if settled else [(node,) for node in sync]:
+                async for number, page in self._pages_of(oid, nodes):
+                    yield index * PAGES_PER_OBJECT + number, page
 
-    async def _ask(self, oid: int, op: int, offset: int, span: int) -> bytes:
-        pool = pool_of(oid)
-        groups = self._peers.map.pools.get(pool, ())
+    async def _pages_of(self, oid: int, nodes: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
+        stored = blocks_in(await self._ask(nodes, oid, Op.EXTENTS, 0, 0))
+        for first, count in _runs(stored):
+            data = await self._ask(nodes, oid, Op.READ, first * BLOCK_SIZE, count * BLOCK_SIZE)
+            if len(data) != count * BLOCK_SIZE:
+                raise ProtocolError(f"{describe_oid(oid)}: {len(data)} bytes of {count} pages")
+            for i in range(count):
+                yield first + i, data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]
+
+    def _group(self, oid: int) -> tuple[int, PlacementGroup]:
+        groups = self._peers.map.pools.get(pool_of(oid), ())
         if not groups:
-            raise UnreachableError(f"there is no pool of {pool} copies")
+            raise UnreachableError(f"there is no pool of {pool_of(oid)} copies")
         pg = pg_of(oid, len(groups))
+        return pg, groups[pg]
+
+    async def _ask(self, nodes: Sequence[int], oid: int, op: int, offset: int, span: int) -> bytes:
+        """Ask one node after the other until one answers."""
+        pg, _ = self._group(oid)
         problem: SheepError = ObjectNotFoundError(f"{describe_oid(oid)}: no member can be asked")
-        for node in groups[pg].sync:
+        for node in nodes:
             try:
                 if node == self._replica.node:
                     return await self._read_here(oid, op, offset, span)
@@ -81,7 +92,7 @@ class MapReading:
                 _, body = await link.call(
                     op,
                     oid=oid,
-                    pool=pool,
+                    pool=pool_of(oid),
                     pg=pg,
                     epoch=self._peers.map.epoch,
                     offset=offset,

@@ -3,6 +3,7 @@
 Always holds:
 - Only frozen layers are touched, and only what no root's map names, roots and layers being read
   at one revision of etcd (docs/snapshots.md says why that needs no lock).
+- Of a map that may be changing, or whose replicas may differ, what any of them names counts.
 - A map that cannot be read stops the family's reclaim: what it names is not known.
 - `reclaim/<family>` stays until every node that the map knows has done its part: one that is down
   cannot bring deleted objects back.
@@ -105,7 +106,7 @@ class Reclaimer:
         roots = await self._catalog.roots(family)
         live = Live()
         for root in roots.maps:
-            async for number, page in self._maps.pages(root.map, root.maps):
+            async for number, page in self._maps.pages(root.map, root.maps, root.settled):
                 live.add_page(number, page)
         named = {root.map for root in roots.maps}
         seen = Family(set(roots.layers), roots.open, named, roots.building)

@@ -46,6 +46,8 @@ class RootMap:
     """Bit i is set when map object i exists."""
     what: str
     """Whose map it is, for people."""
+    settled: bool = True
+    """Nobody changes it, and its replicas are equal: a snapshot's, or of a VDI let go cleanly."""
 
 
 @dataclass(slots=True)
@@ -249,7 +251,8 @@ class LayerCatalog(TrashCatalog):
 
         def add(record: VdiRecord | SnapshotRecord, what: str) -> None:
             roots = of(record.family)
-            roots.maps.append(RootMap(record.map, record.maps, what))
+            settled = not isinstance(record, VdiRecord) or record.clean
+            roots.maps.append(RootMap(record.map, record.maps, what, settled))
             if isinstance(record, VdiRecord):
                 roots.open |= {record.layer, record.next} - {0}
                 if record.id in locked:

@@ -238,3 +238,19 @@ async def test_when_all_members_were_killed_the_last_one_is_the_truth(tmp_path: 
         await wait_until(lambda: all(len(g.sync) == 3 for g in cluster.map.pools[3]))
         assert len({on_disk(cluster, n) for n in (1, 2, 3)}) == 1
         nursery.cancel_scope.cancel()
+
+
+async def test_a_delete_of_another_version_than_is_there_deletes_nothing(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, router, holder), trio.open_nursery() as nursery:
+        await holder.create(OID, b"a" * BLOCK)
+        await holder.flush()
+        await fence_everywhere(router, VDI, 2)
+        second = Holder(router, nursery, 2)
+        state = second.replicator.state(OID)
+        state.version, state.ready = 5, True
+        with trio.fail_after(10), pytest.raises(OperationError, match="ESTALE"):
+            await completion(
+                lambda done: second.replicator.change(state, Op.DELETE, 0, 0, b"", done)
+            )
+        assert {on_disk(cluster, n) for n in (1, 2, 3)} == {b"a" * BLOCK}
+        nursery.cancel_scope.cancel()
