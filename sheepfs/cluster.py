@@ -40,6 +40,7 @@ from sheepfs.net.catalog import Catalog
 from sheepfs.net.link import next_request
 from sheepfs.net.router import Router
 from sheepfs.net.store import Store
+from sheepfs.rewriting import Rewriting
 from sheepfs.sharing import copy_range
 from sheepfs.snapshots import Snapshots
 from sheepfs.volume import Volume
@@ -72,6 +73,7 @@ class Cluster:
             store, keys, catalog, router, owner, nursery, self._open_vdis, self._listing.forget
         )
         self.snapshots = Snapshots(store, keys, catalog, router, self.holding.lease)
+        self.rewriting = Rewriting(store, keys, catalog, router, self.holding.lease)
 
     def _open_vdis(self) -> list[Volume]:
         return [volume for volume in self._volumes.values() if isinstance(volume, Volume)]
@@ -305,7 +307,7 @@ class Cluster:
     async def flatten(self, vdi: int, told: Progress = ignore_progress) -> None:
         """Cut a clone loose from its origin, wherever it is held."""
         await self._at_holder(
-            vdi, "flatten", {}, lambda volume: self.snapshots.flatten(volume, told), told
+            vdi, "flatten", {}, lambda volume: self.rewriting.flatten(volume, told), told
         )
 
     async def change_copies(self, vdi: int, copies: int, told: Progress = ignore_progress) -> None:
@@ -316,7 +318,7 @@ class Cluster:
             vdi,
             "copies",
             {"copies": str(copies)},
-            lambda volume: self.snapshots.change_copies(volume, copies, told),
+            lambda volume: self.rewriting.change_copies(volume, copies, told),
             told,
         )
 
@@ -375,9 +377,9 @@ class Cluster:
             elif request.what == "freeze":
                 await self.snapshots.freeze(volume)
             elif request.what == "flatten":
-                await self.snapshots.flatten(volume, told)
+                await self.rewriting.flatten(volume, told)
             elif request.what == "copies":
-                await self.snapshots.change_copies(volume, int(arguments["copies"]), told)
+                await self.rewriting.change_copies(volume, int(arguments["copies"]), told)
             elif request.what == "resize":
                 await volume.resize(int(arguments["size"]))
                 self._changed(vdi)

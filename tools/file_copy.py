@@ -15,10 +15,10 @@ import contextlib
 import errno
 import fcntl
 import os
-import sys
 from collections.abc import Callable, Iterator
 
 from sheepfs.core.geometry import OBJECT_SIZE
+from sheepfs_tools.progress import progress
 
 CHUNK = OBJECT_SIZE
 """A copy in pieces of this size never reads or writes an object twice."""
@@ -93,37 +93,6 @@ def copy_ranges(source: int, target: int, ranges: list[tuple[int, int]], moved: 
                 view, at = view[written:], at + written
             offset += len(data)
             moved(len(data))
-
-
-@contextlib.contextmanager
-def progress(title: str, total_bytes: int, quiet: bool) -> Iterator[Moved]:
-    """Show a bar on a terminal; elsewhere nothing."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda _count: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total_bytes)
-        yield lambda count: bar.update(task, advance=count)
-
-
-# -- sharing ------------------------------------------------------------------------------------
 
 
 def is_on_sheepfs(fd: int) -> bool:
