@@ -134,7 +134,12 @@ class Killing:
         assert len(found) == len(expected), f"{what}: {len(found)} bytes, not {len(expected)}"
         if found != expected:
             bad = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
-            raise AssertionError(f"{what}: byte {bad:#x} is {found[bad]}, not {expected[bad]}")
+            again = (self.mounted.path / what).read_bytes()
+            check = self.mounted.cluster.sheepctl("vdi", "check", what, "--deep", check=False)
+            raise AssertionError(
+                f"{what}: byte {bad:#x} is {found[bad]}, not {expected[bad]};"
+                f" read again it is {again[bad]}; {check.stdout[-2000:]}{check.stderr[-500:]}"
+            )
 
     # -- data ---------------------------------------------------------------------------------
 
@@ -349,7 +354,8 @@ class Killing:
             assert len(found) in disk.sizes, f"{name} has {len(found)} bytes"
             self._may_be(name, disk, found)
             disk.content[:] = found
-            self._same(self._content(name), found, f"{name}, read again")
+            self.history.append(f"  {name} has {len(found)} bytes now")
+            self._same(self._content(name), found, name)
             disk.settle()
 
     def _may_be(self, name: str, disk: Disk, found: bytes) -> None:
