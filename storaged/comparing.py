@@ -61,13 +61,9 @@ class Comparing(Copies):
         finally:
             self.release(oid)
 
-    def _extents(self, client: Client, header: Header, payload: Buffer) -> None:
-        check_token(header, self.tokens)
-        self.gate.check_sync(header)
-        client.reply(header, self.store.extents(header.oid))
-
     def _tables(self, client: Client, header: Header, payload: Buffer) -> None:
-        """SUMS: the checksums of the object's blocks. LAYOUT: where they lie."""
+        """EXTENTS: which blocks hold data. SUMS: their checksums. LAYOUT: where they lie."""
+        check_token(header, self.tokens)
         self.gate.check_sync(header)
         oid = header.oid
         entry = self.store.get(oid)
@@ -78,9 +74,10 @@ class Comparing(Copies):
         elif not self.store.is_open(oid):
             self._after(self._warm, client, header, payload)
         else:
-            body = self.store.sums(oid)
             if header.op == Op.LAYOUT:
                 body = encode_layout(self.store.layout(oid))
+            else:
+                body = self.store.sums(oid) if header.op == Op.SUMS else self.store.extents(oid)
             client.reply(header, body, version=entry.version, span=entry.lineage)
 
     def _pull(self, client: Client, header: Header, payload: Buffer) -> None:

@@ -62,7 +62,7 @@ class Copies(Durability):
             if self.is_held(base):
                 work = lambda oid: self._await_free(base)  # noqa: E731
             elif entry is not None and entry.suspect:
-                work = lambda oid: self._trust_base(base, header.pool, header.pg)  # noqa: E731
+                work = lambda oid: self.trust(base, header.pool, header.pg)  # noqa: E731
             else:
                 version = entry.version if entry else 0
                 client.reply(
@@ -89,7 +89,8 @@ class Copies(Durability):
         finally:
             self.release(base)
 
-    async def _trust_base(self, base: int, pool: int, pg: int) -> None:
+    async def trust(self, base: int, pool: int, pg: int) -> None:
+        """Resolve an object if it is a suspect: a peer knows better, or it is the truth."""
         await self.take(base)
         try:
             entry = self.store.get(base)

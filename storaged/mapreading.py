@@ -85,6 +85,7 @@ class MapReading:
         for node in nodes:
             try:
                 if node == self._replica.node:
+                    await self._replica.trust(oid, pool_of(oid), pg)
                     return await self._read_here(oid, op, offset, span)
                 link = self._peers.link(node)
                 if link is None:

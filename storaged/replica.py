@@ -51,7 +51,7 @@ class Replica(Comparing):
             Op.DELETE: self._change,
             Op.FLUSH: self._flush,
             Op.STAT: self._stat,
-            Op.EXTENTS: self._extents,
+            Op.EXTENTS: self._tables,
             Op.SUMS: self._tables,
             Op.LAYOUT: self._tables,
             Op.PULL: self._pull,

@@ -345,8 +345,8 @@ class Killing:
                 os.close(fd)
         open_names, self.fds = list(self.fds), {}
         self.mounted.cluster.mount(self.mounted.path)
-        for name in open_names:
-            # The dead mount's hold ends with its lease.
+        for name in self.disks:
+            # What the dead mount held, be it to read only, is free when its lease has ended.
             self._free(name)
         for name in open_names:
             disk = self.disks[name]

@@ -254,3 +254,22 @@ async def test_a_delete_of_another_version_than_is_there_deletes_nothing(tmp_pat
             )
         assert {on_disk(cluster, n) for n in (1, 2, 3)} == {b"a" * BLOCK}
         nursery.cancel_scope.cancel()
+
+
+async def test_a_suspect_is_resolved_by_whoever_asks_anything_of_it(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, router, holder), trio.open_nursery() as nursery:
+        await holder.create(OID, b"a" * BLOCK)
+        await holder.flush()
+        for node in cluster.nodes.values():
+            node.clean = False
+            node.stop()
+        await wait_until(lambda: not router.links)
+        for node in cluster.nodes.values():
+            await node.start()
+        cluster.auto_join = False
+        cluster.publish([3], [1, 2])
+        second = Holder(router, nursery, 2)
+        with trio.fail_after(10):
+            extents = await second.reader.extents(OID)
+        assert int.from_bytes(extents, "little") == 1
+        nursery.cancel_scope.cancel()
