@@ -97,6 +97,7 @@ class MapOwner(MapWriter):
                     # Frozen objects were level when they were frozen.
                     self._converging.cancel()
                     self._converge = False
+                    self._end_is_clear.set()
                     self._converged.set()
                 finally:
                     self.release_changes()

@@ -42,10 +42,9 @@ log = logging.getLogger(__name__)
 
 READER_MAP_S = 1.0
 """A reader that does not hold the VDI looks at the map again after this."""
-GATE_POLL_S = 0.001
+CLEAR_AGAIN_S = 1.0
 MEASURE_EVERY_S = 10.0
 MEASURE_AT_DETACH_S = 0.5
-PARALLEL_COPIES = 8
 
 
 class Volume(MapOwner):
@@ -166,6 +165,7 @@ class Volume(MapOwner):
                 self.replicator.unflushed.add_everything(
                     {copies_of(record.layer), copies_of(record.map)}
                 )
+                self._end_is_clear = trio.Event()
                 self._converging = trio.CancelScope()
                 self._nursery.start_soon(self._converge_all, self._map, self.replicator)
             else:
@@ -221,6 +221,7 @@ class Volume(MapOwner):
             # Nothing was changed since that flush, and from here on all changes attach again.
             self.attachment = self.replicator = self.flusher = self._copies = None
             self._direct = False
+            self._end_is_clear.set()
             if self._scope:
                 self._scope.cancel()
             replicator.close()
@@ -236,10 +237,25 @@ class Volume(MapOwner):
 
     async def _converge_all(self, vdi_map: VdiMap, replicator: Replicator) -> None:
         with self._converging:
+            await self._clear_until_done(replicator)
             if await converge(vdi_map, replicator) and replicator is self.replicator:
                 await self._sweep(vdi_map, replicator)
                 self._converge = False
                 self._converged.set()
+
+    async def _clear_until_done(self, replicator: Replicator) -> None:
+        told = False
+        while not self._end_is_clear.is_set():
+            try:
+                await self._clear_beyond_end()
+            except SheepError as error:
+                if replicator.fenced:
+                    self._end_is_clear.set()  # Whoever waits for it learns of that from a change.
+                    return
+                if not told:
+                    log.error("%s cannot grow, its end is not clear yet: %s", self.name, error)
+                told = True
+                await trio.sleep(CLEAR_AGAIN_S)
 
     async def _sweep(self, vdi_map: VdiMap, replicator: Replicator) -> None:
         """Remove what the former holder made and the map does not name; best effort."""

@@ -36,6 +36,7 @@ from sheepfs.replication import Replicator
 from sheepfs.vdimap import VdiMap
 
 GATE_POLL_S = 0.001
+MAX_OBJECTS = MAX_VDI_SIZE // OBJECT_SIZE
 
 
 class MapWriter(MapReader):
@@ -69,6 +70,10 @@ class MapWriter(MapReader):
         """Changes that came while a snapshot held them up, in order."""
         self._passing = 0
         """Changes that passed the gate and are not with the replicator yet."""
+        self._end_is_clear = trio.Event()
+        """Nothing lies beyond the end. After a holder's unclean end something may: its size was
+        not saved, its data is there. The VDI does not grow over it."""
+        self._end_is_clear.set()
 
     async def _attach(self) -> None:
         """Become the one writer (HeldElsewhereError)."""
@@ -89,6 +94,9 @@ class MapWriter(MapReader):
         if end > MAX_VDI_SIZE:
             done(errno.EFBIG)
             return
+        if end > self._size and not self._end_is_clear.is_set():
+            self._later(lambda: self._write_when_clear(offset, data, done), done)
+            return
         self._modified = time.time()
         index, within = divmod(offset, OBJECT_SIZE)
         if within + len(data) <= OBJECT_SIZE:
@@ -107,6 +115,28 @@ class MapWriter(MapReader):
             self._later(lambda: self._attach_and_write(offset, data, done), done)
         else:
             self._held.append(lambda: self.write(offset, data, done))
+
+    async def _write_when_clear(self, offset: int, data: bytes, done: Done) -> None:
+        await self._attach_with_clear_end()
+        self.write(offset, data, done)
+
+    async def _attach_with_clear_end(self) -> None:
+        await self._attach()
+        while not self._end_is_clear.is_set():
+            await self._end_is_clear.wait()
+            await self._attach()  # It may have been let go instead.
+
+    async def _clear_beyond_end(self) -> None:
+        """Make holes of what a former holder wrote beyond the end. Raises SheepError."""
+        last, within = divmod(self._size, OBJECT_SIZE)
+        if within:
+            await self._punch_piece(last, within, OBJECT_SIZE - within)
+        first = object_count(self._size)
+        index = self._map.skip_holes(first, MAX_OBJECTS)
+        while index < MAX_OBJECTS:
+            await self._punch_piece(index, 0, OBJECT_SIZE)
+            index = self._map.skip_holes(index + 1, MAX_OBJECTS)
+        self._end_is_clear.set()
 
     def _growing(self, end: int, done: Done) -> Done:
         """Only a write that succeeded moves the end of the file."""
@@ -268,7 +298,7 @@ class MapWriter(MapReader):
     async def resize(self, size: int) -> None:
         """Cut or grow; what is cut is gone."""
         check_vdi_size(size)
-        await self._attach()
+        await self._attach_with_clear_end()
         cut = size < self._size
         if cut:
             await self.punch(size, self._size - size)

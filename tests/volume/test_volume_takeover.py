@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
 from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
@@ -126,3 +130,56 @@ async def test_an_object_that_only_some_members_made_is_no_part_of_the_vdi(
         assert await mount.read(OBJECT_SIZE, BLOCK) == bytes(BLOCK)
         await mount.write(OBJECT_SIZE + BLOCK, b"b")
         assert on_disk(cluster) == {bytes(BLOCK)}
+
+
+async def leave_data_beyond_the_end(cluster: StaticCluster, etcd: StaticRecord) -> None:
+    """A holder ends when its data is stored and the size that covers it is not."""
+    former = StaticMount(cluster, etcd)
+    await former.start()
+    await former.write(0, b"a" * 2 * BLOCK)
+    await former.write(2 * OBJECT_SIZE, b"b" * BLOCK)
+    await former.flush()
+    await former.end()
+    etcd.record = dataclasses.replace(etcd.record, size=BLOCK)
+
+
+@pytest.mark.parametrize("resized", [False, True])
+async def test_a_vdi_grows_with_zeros_over_what_the_former_holder_left_beyond_its_end(
+    tmp_path: Path, resized: bool
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        await leave_data_beyond_the_end(cluster, etcd)
+        mount = StaticMount(cluster, etcd)
+        await mount.start()
+        end = 3 * OBJECT_SIZE
+        if resized:
+            await mount.volume.resize(end)
+        else:
+            await mount.write(end - 1, b"\0")
+        assert mount.volume.size == end
+        assert await mount.read(0, 2 * BLOCK) == b"a" * BLOCK + bytes(BLOCK)
+        assert await mount.read(2 * OBJECT_SIZE, BLOCK) == bytes(BLOCK)
+
+
+async def test_growth_that_waits_for_a_clear_end_outlives_a_detach(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        await leave_data_beyond_the_end(cluster, etcd)
+        mount = StaticMount(cluster, etcd)
+        await mount.start()
+        handlers, held = cluster.nodes[1].server.handlers, list[tuple[Any, ...]]()
+        handle = handlers[Op.PUNCH]
+        handlers[Op.PUNCH] = lambda *request: held.append(request)
+        await mount.volume.attach()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mount.write, BLOCK, b"c" * BLOCK)
+            nursery.start_soon(mount.volume.resize, 3 * BLOCK)
+            await wait_until(lambda: held)
+            assert mount.volume.size == BLOCK
+            nursery.start_soon(mount.volume.detach)
+            await trio.testing.wait_all_tasks_blocked()
+            handlers[Op.PUNCH] = handle
+            for request in held:
+                handle(*request)
+        assert await mount.read(0, 3 * BLOCK) == b"a" * BLOCK + b"c" * BLOCK + bytes(BLOCK)
