@@ -84,7 +84,8 @@ class Flusher:
 
     def _start_directly(self, done: Completed) -> bool:
         """Where only data is to be flushed, the most frequent case, no task need wake up."""
-        if self._map.is_dirty or self._unreported or self._pausing or not self._is_saved():
+        more = self._map.is_dirty or self.discarded or not self._is_saved()
+        if more or self._unreported or self._pausing:
             return False
 
         def flushed(good: bool) -> None:

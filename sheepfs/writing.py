@@ -129,7 +129,7 @@ class MapWriter(MapReader):
     async def _clear_beyond_end(self) -> None:
         """Make holes of what a former holder wrote beyond the end. Raises SheepError."""
         last, within = divmod(self._size, OBJECT_SIZE)
-        if within:
+        if within and await self._holds_data(last, within):
             await self._punch_piece(last, within, OBJECT_SIZE - within)
         first = object_count(self._size)
         index = self._map.skip_holes(first, MAX_OBJECTS)
@@ -137,6 +137,18 @@ class MapWriter(MapReader):
             await self._punch_piece(index, 0, OBJECT_SIZE)
             index = self._map.skip_holes(index + 1, MAX_OBJECTS)
         self._end_is_clear.set()
+
+    async def _holds_data(self, index: int, within: int) -> bool:
+        """Whether anything but zeros is in an object from `within` on. Makes its replicas equal."""
+        if self._map.get(index) is None:
+            await self._map.load(index)
+        layer, replicator = self._map.get(index), self.replicator
+        if not layer or replicator is None:
+            return False
+        oid = data_object(layer, index)
+        await replicator.open(replicator.state(oid))
+        data = await self._reader.fetch(oid, within, OBJECT_SIZE - within)
+        return data.count(0) != len(data)
 
     def _growing(self, end: int, done: Done) -> Done:
         """Only a write that succeeded moves the end of the file."""

@@ -10,17 +10,24 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import trio
 
 from sheepfs.cluster import Cluster
-from sheepfs.core.errors import CorruptError, ObjectNotFoundError
+from sheepfs.core.errors import (
+    CorruptError,
+    HeldElsewhereError,
+    ObjectNotFoundError,
+    VdiNotFoundError,
+)
 from sheepfs.core.geometry import data_object, layer_of, map_object, pg_of, pool_of
 from sheepfs.core.wire import Op
 from sheepfs.inventory import stored_entries, take_inventory
 from sheepfs.net.catalog import Roots
 from sheepfs.objects import ObjectReader
+from sheepfs.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +145,13 @@ class ClusterCheck:
     async def repair(self, findings: Findings) -> None:
         """Have replicas that lack objects pull them, and orphans removed; returns when done.
 
+        A VDI whose holder died and that nobody opened since is opened: only a holder can tell
+        what of the open layer no map names.
+
         Raises:
             SheepError: etcd or a node does not answer.
         """
+        await self._level_unclean()
         router = self._cluster.router
         for oid, nodes in findings.missing.items():
             pool = pool_of(oid)
@@ -161,6 +172,18 @@ class ClusterCheck:
             async for _ in hints:
                 if not await catalog.reclaim_wanted():
                     return
+
+    async def _level_unclean(self) -> None:
+        for item in await self._cluster.list():
+            if item.read_only:
+                continue
+            with suppress(VdiNotFoundError, HeldElsewhereError):
+                _, record, _ = await self._cluster.catalog.find(item.id)
+                if record.clean:
+                    continue
+                async with self._cluster.opened(item.id) as volume:
+                    if isinstance(volume, Volume):
+                        await volume.level()
 
 
 def _excused(families: dict[int, Roots]) -> set[int]:

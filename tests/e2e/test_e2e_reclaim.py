@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from random import Random
 
 from e2e.cluster import Mounted
@@ -64,3 +65,27 @@ def test_what_is_deleted_comes_back_from_the_trash_and_is_gone_after_it(mounted:
     assert len(names) == 2
     cluster.sheepctl("trash", "purge", "--all")
     wait_for(lambda: sum(objects(mounted, n) for n in (1, 2, 3)) == 0, DEADLINE_S, "space")
+
+
+def test_what_a_dead_mount_wrote_to_a_vdi_that_nobody_opens_again_goes_by_repair(
+    mounted: Mounted,
+) -> None:
+    cluster = mounted.cluster
+    path = mounted.path / "lonely.raw"
+    path.touch()
+    file = path.open("r+b", buffering=0)
+    file.write(b"x" * 4096)
+    wait_for(lambda: objects(mounted, 3) > 0, DEADLINE_S, "the write to arrive")
+    cluster.mounts[mounted.path].kill()
+    with suppress(OSError):
+        file.close()
+    cluster.mount(mounted.path)
+
+    def holder() -> object:
+        return json.loads(cluster.sheepctl("vdi", "info", "lonely", "--json").stdout)["held_by"]
+
+    wait_for(lambda: holder() is None, DEADLINE_S, "the dead mount's lease to end")
+    found = cluster.sheepctl("cluster", "check", "--json", check=False)
+    assert (found.returncode, len(json.loads(found.stdout)["orphans"])) == (1, 1), found.stdout
+    cluster.sheepctl("cluster", "check", "--repair")
+    assert objects(mounted, 1) == objects(mounted, 2) == objects(mounted, 3) == 0

@@ -183,3 +183,17 @@ async def test_growth_that_waits_for_a_clear_end_outlives_a_detach(tmp_path: Pat
             for request in held:
                 handle(*request)
         assert await mount.read(0, 3 * BLOCK) == b"a" * BLOCK + b"c" * BLOCK + bytes(BLOCK)
+
+
+async def test_what_no_map_names_is_gone_when_a_vdi_was_only_levelled(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        former = StaticMount(cluster, etcd)
+        await former.start()
+        await former.write(OBJECT_SIZE, b"a" * BLOCK)
+        await former.end()
+        mount = StaticMount(cluster, etcd)
+        await mount.start()
+        await mount.volume.level()
+        assert etcd.record.clean
+        assert [node.store.get(OID) for node in cluster.nodes.values()] == [None] * 3
