@@ -106,14 +106,7 @@ async def attach(
         if lock is not None and not _is_left_over(lock, owner, lease):
             raise held_by(name, lock)
         generation = record.generation + 1
-        # A snapshot that did not come to its end left `next`: the former holder wrote to it.
-        mine = dataclasses.replace(
-            record,
-            generation=generation,
-            clean=False,
-            layer=record.next or record.layer,
-            next=0,
-        )
+        mine = dataclasses.replace(record, generation=generation, clean=False)
         held = Attachment(record.id, 0, generation, mine, record.clean, owner, store, keys)
         txn = Transaction(
             [
@@ -127,6 +120,8 @@ async def attach(
             if token is not None:
                 held.token = token
                 await fence(record.id, token)
+                if record.next:
+                    await _go_on_with_next(held)
                 return held
         except LeaseGoneError:
             raise
@@ -137,6 +132,24 @@ async def attach(
                 await _give_back(held)
             raise
         await backoff.wait()
+
+
+async def _go_on_with_next(held: Attachment) -> None:
+    """Freeze `layer`: a snapshot that did not come to its end left `next`, which has the writes.
+
+    Only behind the fence: reclaim takes what no stored map names of a frozen layer, and until
+    then the former holder may still store its map.
+    """
+
+    async def reclaim() -> tuple[list[Unchanged], list[Put | Delete]]:
+        return [], [Put(held.keys.reclaim_family(held.record.family), b"")]
+
+    await _change(
+        held,
+        lambda r: dataclasses.replace(r, layer=r.next or r.layer, next=0),
+        release=False,
+        extra=reclaim,
+    )
 
 
 async def save(attachment: Attachment, change: VdiChange) -> VdiRecord:

@@ -140,6 +140,39 @@ async def test_attach_of_a_missing_vdi_is_not_found(world: World) -> None:
         await world.one.attach(99)
 
 
+@pytest.mark.parametrize("fence_fails", [False, True])
+async def test_a_layer_that_a_broken_snapshot_left_is_frozen_behind_the_fence(
+    world: World, fence_fails: bool
+) -> None:
+    await world.catalog.update(
+        "vm", lambda r: dataclasses.replace(r, next=r.layer + 512, clean=False)
+    )
+    before = await world.record()
+    at_fence: list[tuple[int, int]] = []
+
+    async def fence(vdi: int, token: int) -> None:
+        record = await world.record()
+        at_fence.append((record.layer, record.next))
+        if fence_fails:
+            raise UnreachableError("cut off")
+
+    mount = world.one
+    attaching = attach(mount.etcd, KEYS, "vm", mount.owner, mount.lease, fence)
+    if fence_fails:
+        with pytest.raises(UnreachableError, match="cut off"):
+            await attaching
+    else:
+        assert (await attaching).record == await world.record()
+    assert at_fence == [(before.layer, before.next)]
+    after = await world.record()
+    if fence_fails:
+        assert (after.layer, after.next) == (before.layer, before.next)
+    else:
+        assert (after.layer, after.next) == (before.next, 0)
+    wanted = [family for family, _ in await world.catalog.reclaim_wanted()]
+    assert wanted == ([] if fence_fails else [before.family])
+
+
 async def test_token_and_generation_grow_with_each_attach(world: World) -> None:
     held = await world.one.attach()
     for mount in (world.other, world.one, world.other):
