@@ -205,8 +205,13 @@ def test_ctrl_c_thaws(path: Path, where: str) -> None:
                 await trio.sleep_forever()
 
     agents: list[FakeAgent] = []
-    with pytest.raises(KeyboardInterrupt):
-        trio.run(main)
+    # A shell starts what runs in the background with SIGINT ignored.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trio.run(main)
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert agents[0].commands == ["freeze", "thaw"]
 
 
