@@ -5,10 +5,16 @@ from __future__ import annotations
 import threading
 from collections import deque
 
-from sheepfs.core.errors import CorruptError, ObjectNotFoundError, RecoveringError, SheepError
+from sheepfs.core.errors import (
+    CorruptError,
+    ObjectNotFoundError,
+    RecoveringError,
+    RetryableError,
+    SheepError,
+)
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid
 from storaged.store.disk import Health
-from storaged.store.entry import SUSPECT, StoredObject
+from storaged.store.entry import CORRUPT, SUSPECT, StoredObject
 
 
 class Catalog:
@@ -77,7 +83,7 @@ class Catalog:
         return self._blocks * BLOCK_SIZE
 
     def refusal(self, oid: int) -> SheepError:
-        """Give the reason why an object cannot be used."""
+        """Give the reason why an object cannot be used, or could not a moment ago."""
         if self._health.failed is not None:
             return self._health.failed
         entry = self.objects.get(oid)
@@ -85,9 +91,12 @@ class Catalog:
             return ObjectNotFoundError(f"no object {format_oid(oid)} here")
         if entry.state == SUSPECT:
             return RecoveringError(f"object {format_oid(oid)} is to be compared with its peers")
-        return CorruptError(
-            f"object {format_oid(oid)}: header or table is damaged", range(BLOCKS_PER_OBJECT)
-        )
+        if entry.state == CORRUPT:
+            return CorruptError(
+                f"object {format_oid(oid)}: header or table is damaged", range(BLOCKS_PER_OBJECT)
+            )
+        # The loop made it a good one after a thread had found that it was none.
+        return RetryableError(f"object {format_oid(oid)} was made anew just now")
 
     def _remove(self, entry: StoredObject) -> None:
         del self.objects[entry.oid]

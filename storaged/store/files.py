@@ -96,7 +96,16 @@ class OpenFiles:
             if file is not None:
                 return file
             opened = entry.opened
-            file, header = self._load(entry)
+            try:
+                file, header = self._load(entry)
+            except CorruptError as error:
+                with self._lock:
+                    if entry.opened != opened or entry.file is not None:
+                        continue  # Perhaps another thread wrote the header meanwhile.
+                    if entry.state == OK:
+                        entry.state = CORRUPT
+                log.error("%s", error)
+                raise CorruptError(str(error), range(BLOCKS_PER_OBJECT)) from error
             with self._lock:
                 if entry.opened != opened or entry.file is not None:
                     continue  # Another thread was faster; what was read may be old by now.
@@ -130,9 +139,17 @@ class OpenFiles:
             entry.file = None
             entry.opened += 1
 
+    def all_pinned(self) -> set[StoredObject]:
+        """Give the objects that a thread is changing."""
+        with self._lock:
+            return set(self._pinned)
+
     @contextmanager
     def pinned(self, entry: StoredObject) -> Iterator[None]:
-        """Keep an unclean entry's file open while a thread changes what is known of it."""
+        """Keep an unclean entry unclean, and its file open, while a thread changes the object.
+
+        A flush that ends meanwhile may have begun before the change was complete.
+        """
         with self._lock:
             self._pinned.add(entry)
         try:
@@ -164,7 +181,7 @@ class OpenFiles:
                 if len(self._open) <= self._limit:
                     return
                 entry = self._open.pop(next(iter(self._open)))
-                if entry.used or not self.release(entry):
+                if entry.used or entry in self._pinned or not self.release(entry):
                     entry.used = False
                     self._open[entry.oid] = entry
 
@@ -252,9 +269,4 @@ class OpenFiles:
             file.overlay = open_overlay(entry.oid, sources)
         except OSError as error:
             raise disk_error(error, f"object {format_oid(entry.oid)}") from error
-        except CorruptError as error:
-            log.error("%s", error)
-            if entry.state == OK:
-                entry.state = CORRUPT
-            raise CorruptError(str(error), range(BLOCKS_PER_OBJECT)) from error
         return file, header

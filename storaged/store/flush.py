@@ -182,9 +182,12 @@ class FlushTracker:
             if file is not None and file.overlay is not None and file.overlay.pending is pending:
                 entry.changed = True
                 again.append(entry)
+        # First: who pins an object later says then that it changes.
+        pinned = self._files.all_pinned()
         with self._marks.lock:
             for entry, change in job.objects:
-                if not entry.changed and self._changes.get(entry.oid) == change:
+                unchanged = not entry.changed and self._changes.get(entry.oid) == change
+                if unchanged and entry not in pinned:
                     file = entry.file
                     if file is None or file.overlay is None or not file.overlay.pending:
                         self._remove(entry)
