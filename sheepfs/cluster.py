@@ -33,7 +33,7 @@ from sheepfs.core.metadata import (
 )
 from sheepfs.core.wire import Op
 from sheepfs.frozen import FrozenVolume, snapshot_attributes
-from sheepfs.holder_requests import Progress, ask, ignore_progress
+from sheepfs.holder_requests import GIVE_WAY, Progress, ask, delete_vdi, ignore_progress
 from sheepfs.holding import Holding
 from sheepfs.listing import Listing, Named
 from sheepfs.net.catalog import Catalog
@@ -153,7 +153,7 @@ class Cluster:
         if tag:
             await self.catalog.delete_snapshot(vdi, tag)
         else:
-            await self.catalog.delete(name)
+            await delete_vdi(self.store, self.keys, self.catalog, name)
         self._listing.forget()
 
     async def set_attributes(
@@ -380,6 +380,8 @@ class Cluster:
                 await self.rewriting.flatten(volume, told)
             elif request.what == "copies":
                 await self.rewriting.change_copies(volume, int(arguments["copies"]), told)
+            elif request.what == GIVE_WAY:
+                await volume.give_way()
             elif request.what == "resize":
                 await volume.resize(int(arguments["size"]))
                 self._changed(vdi)

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from sheepfs import holder_requests
+from sheepfs.abandoned import level_abandoned
 from sheepfs.cluster import START_TIMEOUT_S, Cluster
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import UnreachableError
@@ -27,12 +28,15 @@ async def fetch_map(store: Store, keys: Keys) -> ClusterMap | None:
 
 
 @asynccontextmanager
-async def connect(etcd: str, cluster: str, owner: str) -> AsyncIterator[Cluster]:
+async def connect(
+    etcd: str, cluster: str, owner: str, *, stays: bool = False
+) -> AsyncIterator[Cluster]:
     """Connect to a cluster for as long as the block runs.
 
     Args:
         etcd: `HOST:PORT[,HOST:PORT]`.
         owner: names this mount in messages to others.
+        stays: it also does what nobody waits for: levels what dead mounts left.
 
     Raises:
         UnreachableError: etcd does not answer, or no storage daemon is up.
@@ -55,6 +59,8 @@ async def connect(etcd: str, cluster: str, owner: str) -> AsyncIterator[Cluster]
                 nursery.start_soon(me.report_stalls)
                 nursery.start_soon(holder_requests.serve, store, keys, me.serve_request)
                 nursery.start_soon(me.follow)
+                if stays:
+                    nursery.start_soon(level_abandoned, me)
                 try:
                     yield me
                 finally:

@@ -8,7 +8,7 @@ Always holds:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
@@ -20,6 +20,82 @@ from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
 log = logging.getLogger(__name__)
 
 PARALLEL_OPENS = 8
+AGAIN_S = 1.0
+
+
+class Convergence:
+    """What one holder does, once, about the unclean end of the holder before it.
+
+    Attributes:
+        pending: replicas may still differ.
+        end_is_clear: set when nothing lies beyond the VDI's end. Something may, since the former
+            holder had not saved its size: the VDI does not grow over it.
+        ended: set when all replicas are equal, and when the holder lets the VDI go before that.
+    """
+
+    def __init__(self, pending: bool) -> None:
+        self.pending = pending
+        self.end_is_clear = trio.Event()
+        self.ended = trio.Event()
+        self._scope = trio.CancelScope()
+        if not pending:
+            self.stop()
+
+    async def run(
+        self,
+        name: str,
+        vdi_map: VdiMap,
+        replicator: Replicator,
+        clear_end: Callable[[], Awaitable[None]],
+        sweep: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Work until all is done, `stop` or another holder; what fails is tried again.
+
+        Args:
+            clear_end: makes holes of what is beyond the VDI's end (SheepError).
+            sweep: has removed what no map names; called when all replicas are equal.
+        """
+        try:
+            with self._scope:
+                await _clear(name, replicator, clear_end)
+                self.end_is_clear.set()
+                while not await converge(vdi_map, replicator):
+                    if replicator.fenced:
+                        return
+                    await trio.sleep(AGAIN_S)
+                await sweep()
+                await trio.lowlevel.checkpoint_if_cancelled()
+                self.pending = False
+        finally:
+            self.end_is_clear.set()
+            self.ended.set()
+
+    def stop(self, *, pending: bool = True) -> None:
+        """End it; whoever waits goes on and meets the holder's end.
+
+        Args:
+            pending: replicas may still differ, as far as this task has not made them equal.
+        """
+        self._scope.cancel()
+        self.pending = self.pending and pending
+        self.end_is_clear.set()
+        self.ended.set()
+
+
+async def _clear(
+    name: str, replicator: Replicator, clear_end: Callable[[], Awaitable[None]]
+) -> None:
+    told = False
+    while True:
+        try:
+            return await clear_end()
+        except SheepError as error:
+            if replicator.fenced:
+                return
+            if not told:
+                log.error("%s cannot grow, its end is not clear yet: %s", name, error)
+                told = True
+            await trio.sleep(AGAIN_S)
 
 
 async def converge(vdi_map: VdiMap, replicator: Replicator) -> bool:

@@ -15,9 +15,17 @@ from contextlib import suppress
 
 import trio
 
-from sheepfs.core.errors import ProtocolError, RetryableError, SheepError, UnreachableError
+from sheepfs.core.errors import (
+    HeldElsewhereError,
+    ProtocolError,
+    RetryableError,
+    SheepError,
+    UnreachableError,
+)
 from sheepfs.core.kv import Delete, Put, Transaction, Unchanged
 from sheepfs.core.metadata import Keys, RequestRecord
+from sheepfs.net.attach import LEVELLING
+from sheepfs.net.catalog import TRASH_KEEP_S, Catalog
 from sheepfs.net.groups import plain_errors
 from sheepfs.net.store import Store
 
@@ -27,6 +35,8 @@ DONE = "done"
 ERROR = "error: "
 ANSWER_TIMEOUT_S = 30.0
 RELEASE_S = 2.0
+GIVE_WAY = "give way"
+WAY_TIMEOUT_S = 5
 PROGRESS_S = 1.0
 
 Progress = Callable[[int, int], None]
@@ -96,6 +106,44 @@ async def ask(
                     await store.commit(Transaction([], [Delete(key)]))
                 except SheepError as error:
                     log.info("request %s stays until our lease ends: %s", key, error)
+
+
+async def make_way(store: Store, keys: Keys, vdi: int) -> bool:
+    """Ask who only levels a VDI to let it go; False: it is held for longer by now, or no answer.
+
+    Raises: UnreachableError.
+    """
+    lease = await store.grant(WAY_TIMEOUT_S)
+    try:
+        with trio.move_on_after(WAY_TIMEOUT_S):
+            await ask(store, keys, vdi, GIVE_WAY, {}, lease)
+            return True
+    except RefusedByHolderError as error:
+        log.info("VDI %d: %s", vdi, error)
+    except UnreachableError:
+        raise
+    except RetryableError:
+        return True  # Let go already.
+    finally:
+        with trio.move_on_after(RELEASE_S, shield=True), suppress(SheepError):
+            await store.revoke(lease)
+    return False
+
+
+async def delete_vdi(
+    store: Store, keys: Keys, catalog: Catalog, name: str, keep_s: float = TRASH_KEEP_S
+) -> None:
+    """Delete a VDI, also one that a mount is just levelling.
+
+    Raises: HeldElsewhereError, VdiNotFoundError.
+    """
+    try:
+        await catalog.delete(name, keep_s=keep_s)
+    except HeldElsewhereError as error:
+        record, _ = await catalog.vdi(name)
+        if not error.owner.endswith(LEVELLING) or not await make_way(store, keys, record.id):
+            raise
+        await catalog.delete(name, keep_s=keep_s)
 
 
 async def serve(store: Store, keys: Keys, handler: Handler) -> None:

@@ -16,7 +16,15 @@ import trio
 
 from sheepfs.core.errors import FencedError, HeldElsewhereError, SheepError
 from sheepfs.core.metadata import Keys, VdiRecord
-from sheepfs.net.attach import Attachment, attach, detach, reclaim_after_lease_loss, save
+from sheepfs.holder_requests import make_way
+from sheepfs.net.attach import (
+    LEVELLING,
+    Attachment,
+    attach,
+    detach,
+    reclaim_after_lease_loss,
+    save,
+)
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
@@ -30,7 +38,7 @@ log = logging.getLogger(__name__)
 LEASE_TTL_S = 10
 TOOL = ":sheepctl"
 """How the owner ends that a tool calls itself; it holds a VDI for a moment only."""
-TOOL_PATIENCE_S = 2.0
+PATIENCE_S = 2.0
 """How long a mount waits for a tool: a VM must not fail to start beside a snapshot."""
 TOOL_POLL_S = 0.02
 
@@ -38,7 +46,7 @@ TOOL_POLL_S = 0.02
 class Attacher(Protocol):
     """The etcd side of holding a VDI (sheepfs.cluster)."""
 
-    async def attach(self, vdi: int) -> Attachment:
+    async def attach(self, vdi: int, *, gives_way: bool = False) -> Attachment:
         """Become the one holder; every node refuses the former one on return."""
         ...
 
@@ -91,22 +99,35 @@ class Holding:
         self._keeper: LeaseKeeper | None = None
         self._keeper_lock = trio.Lock()
 
-    async def attach(self, vdi: int) -> Attachment:
-        """Become the holder of a VDI (for Volume). Raises HeldElsewhereError."""
+    async def attach(self, vdi: int, *, gives_way: bool = False) -> Attachment:
+        """Become the holder of a VDI (for Volume).
+
+        Args:
+            gives_way: to whoever else wants it.
+
+        Raises: HeldElsewhereError.
+        """
         keeper = await self.lease()
-        give_up = trio.current_time() + TOOL_PATIENCE_S
+        owner = self._owner + LEVELLING if gives_way else self._owner
+        give_up = trio.current_time() + PATIENCE_S
         while True:
             try:
-                attachment = await attach(
-                    self._store, self._keys, vdi, self._owner, keeper, self._fence
-                )
+                attachment = await attach(self._store, self._keys, vdi, owner, keeper, self._fence)
             except HeldElsewhereError as error:
-                if not error.owner.endswith(TOOL) or trio.current_time() > give_up:
+                if gives_way or trio.current_time() > give_up:
                     raise
-                await trio.sleep(TOOL_POLL_S)
+                if not await self._may_be_free(vdi, error.owner):
+                    raise
             else:
                 self._changed()
                 return attachment
+
+    async def _may_be_free(self, vdi: int, owner: str) -> bool:
+        """Tell whether a VDI may be free now, of one that holds it for a moment only."""
+        if owner.endswith(TOOL):
+            await trio.sleep(TOOL_POLL_S)
+            return True
+        return owner.endswith(LEVELLING) and await make_way(self._store, self._keys, vdi)
 
     async def _fence(self, vdi: int, token: int) -> None:
         await fence_everywhere(self._router, vdi, token)

@@ -35,10 +35,6 @@ class MapOwner(MapWriter):
     _saved_size: int
     _capturing: trio.Lock
     """Held by whoever works on the whole map."""
-    _converge: bool
-    """The last holder did not detach: replicas are compared before the first read."""
-    _converged: trio.Event
-    _converging: trio.CancelScope
 
     async def _load_map(self, map_index: int, offset: int, length: int) -> bytes:
         """Read a part of one of the VDI's map objects."""
@@ -64,7 +60,7 @@ class MapOwner(MapWriter):
         """
         async with self._capturing:
             await self._attach()
-            await self._converged.wait()
+            await self._convergence.ended.wait()
             await capture(self, begin, commit)
 
     def committed(self, record: VdiRecord) -> None:
@@ -95,10 +91,7 @@ class MapOwner(MapWriter):
                     flusher.restart(record.map, self._map)
                     self._copies = self._new_copies(replicator)
                     # Frozen objects were level when they were frozen.
-                    self._converging.cancel()
-                    self._converge = False
-                    self._end_is_clear.set()
-                    self._converged.set()
+                    self._convergence.stop(pending=False)
                 finally:
                     self.release_changes()
 
@@ -194,7 +187,7 @@ class MapOwner(MapWriter):
         Durability: with the next flush.
         """
         async with self._capturing:
-            await self._attach()
+            await self._attach_with_clear_end()
             for index in entries:
                 if self._map.get(index) is None:
                     await self._map.load(index)

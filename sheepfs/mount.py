@@ -179,7 +179,7 @@ def _cluster_connect(etcd: str, cluster: str, owner: str) -> AbstractAsyncContex
     # Here, not above: --help and a bad mount point need neither etcd nor its threads.
     from sheepfs.connecting import connect
 
-    return connect(etcd, cluster, owner)
+    return connect(etcd, cluster, owner, stays=True)
 
 
 def main(arguments: Sequence[str] | None = None, connect: Connect = _cluster_connect) -> int:

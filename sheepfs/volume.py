@@ -18,8 +18,8 @@ import trio
 
 from sheepfs.backend import Attributes, Done, ReadDone
 from sheepfs.callbacks import completion
-from sheepfs.convergence import converge
-from sheepfs.core.errors import SheepError, UnreachableError
+from sheepfs.convergence import Convergence
+from sheepfs.core.errors import HeldElsewhereError, SheepError, UnreachableError
 from sheepfs.core.geometry import (
     copies_of,
     map_object,
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 
 READER_MAP_S = 1.0
 """A reader that does not hold the VDI looks at the map again after this."""
-CLEAR_AGAIN_S = 1.0
 MEASURE_EVERY_S = 10.0
 MEASURE_AT_DETACH_S = 0.5
 
@@ -73,15 +72,13 @@ class Volume(MapOwner):
         self._modified = self._measured = record.modified
         """Time of the last change; and of the last one that `_allocated` has counted exactly."""
         self._map_read = 0.0
-        self._converge = False
-        """The last holder did not detach: replicas are compared before the first read."""
-        self._converged = trio.Event()
-        self._converging = trio.CancelScope()
         self._attaching = trio.Lock()
         self._capturing = trio.Lock()
         self._scope: trio.CancelScope | None = None
         self._borrowed = False
         """Attached for a moment only, by `borrow`."""
+        self.gives_way = False
+        """Attached by `level` alone: whoever else wants the VDI may have it."""
 
     # -- what a file shows ------------------------------------------------------------------
 
@@ -98,7 +95,7 @@ class Volume(MapOwner):
     @property
     def converging(self) -> bool:
         """Whether replicas may still differ from the time of an earlier, unclean holder."""
-        return self._converge
+        return self._convergence.pending
 
     def attributes(self) -> Attributes:
         """Current attributes, with what is not yet in etcd."""
@@ -129,13 +126,28 @@ class Volume(MapOwner):
         await self._attach()
 
     async def level(self) -> None:
-        """Make all replicas equal, as a holder does first; nobody holds the VDI afterwards.
+        """Make all replicas equal, as a holder does first, unless another wants the VDI meanwhile.
 
         Raises: HeldElsewhereError, SheepError.
         """
-        await self.borrow()
-        await self._converged.wait()
+        self._borrowed = self._borrowed or self.attachment is None
+        await self._attach(gives_way=True)
+        await self._convergence.ended.wait()
         await self.give_back()
+
+    async def give_way(self) -> None:
+        """Let another have the VDI, if `level` alone holds it.
+
+        Raises:
+            HeldElsewhereError: it is in use here.
+        """
+        if not self.gives_way:
+            raise HeldElsewhereError(f"{self.name} is in use")
+        try:
+            await self.detach()
+        except SheepError as error:
+            # It is let go all the same, and the next holder begins again.
+            log.warning("%s is given away: %s", self.name, error)
 
     async def give_back(self) -> None:
         """Let the VDI go if it was attached by `borrow` alone."""
@@ -143,33 +155,37 @@ class Volume(MapOwner):
             self._borrowed = False
             await self.detach()
 
-    async def _attach(self) -> None:
+    async def _attach(self, *, gives_way: bool = False) -> None:
         async with self._attaching:
             if self.attachment is not None:
+                self.gives_way = self.gives_way and gives_way
                 return
-            attachment = await self._attacher.attach(self.record.id)
+            attachment = await self._attacher.attach(self.record.id, gives_way=gives_way)
+            self.gives_way = gives_way
             record = attachment.record
             self._size = self._saved_size = record.size
             self._allocated = record.allocated
             self.record = record
             self.open_layer = record.layer
-            self._converge = not attachment.was_clean
+            self._convergence = Convergence(not attachment.was_clean)
             self._reader.token = attachment.token
             self.replicator = Replicator(
                 self._router, self._nursery, record.id, attachment.token, attachment.generation
             )
             self._use_map(self.replicator)
-            self._converged = trio.Event()
-            if self._converge:
+            if self._convergence.pending:
                 # What the last holder had acknowledged and not flushed is this one's to flush.
                 self.replicator.unflushed.add_everything(
                     {copies_of(record.layer), copies_of(record.map)}
                 )
-                self._end_is_clear = trio.Event()
-                self._converging = trio.CancelScope()
-                self._nursery.start_soon(self._converge_all, self._map, self.replicator)
-            else:
-                self._converged.set()
+                self._nursery.start_soon(
+                    self._convergence.run,
+                    self.name,
+                    self._map,
+                    self.replicator,
+                    self._clear_beyond_end,
+                    self._sweep,
+                )
             self.attachment = attachment
             self._direct = True
             self._scope = trio.CancelScope()
@@ -202,7 +218,7 @@ class Volume(MapOwner):
             attachment, replicator, flusher = self.attachment, self.replicator, self.flusher
             if attachment is None or replicator is None or flusher is None:
                 return
-            self._converging.cancel()
+            self._convergence.stop()
             with trio.move_on_after(MEASURE_AT_DETACH_S):
                 await self._measure_if_changed()
             problem: SheepError | None = None
@@ -221,7 +237,6 @@ class Volume(MapOwner):
             # Nothing was changed since that flush, and from here on all changes attach again.
             self.attachment = self.replicator = self.flusher = self._copies = None
             self._direct = False
-            self._end_is_clear.set()
             if self._scope:
                 self._scope.cancel()
             replicator.close()
@@ -229,44 +244,25 @@ class Volume(MapOwner):
             flusher.fail_waiting()
             self.record = dataclasses.replace(self._current_record(), layer=self.open_layer, next=0)
             self._map = VdiMap(self.record.maps, self._load_map)
-            clean = problem is None and replicator.level and not self._converge
+            clean = problem is None and replicator.level and not self._convergence.pending
             await self._attacher.detach(attachment, self.record, clean=clean, dropped=dropped)
             self.record = dataclasses.replace(self.record, clean=clean)
             if problem is not None:
                 raise problem
 
-    async def _converge_all(self, vdi_map: VdiMap, replicator: Replicator) -> None:
-        with self._converging:
-            await self._clear_until_done(replicator)
-            if await converge(vdi_map, replicator) and replicator is self.replicator:
-                await self._sweep(vdi_map, replicator)
-                self._converge = False
-                self._converged.set()
-
-    async def _clear_until_done(self, replicator: Replicator) -> None:
-        told = False
-        while not self._end_is_clear.is_set():
-            try:
-                await self._clear_beyond_end()
-            except SheepError as error:
-                if replicator.fenced:
-                    self._end_is_clear.set()  # Whoever waits for it learns of that from a change.
-                    return
-                if not told:
-                    log.error("%s cannot grow, its end is not clear yet: %s", self.name, error)
-                told = True
-                await trio.sleep(CLEAR_AGAIN_S)
-
-    async def _sweep(self, vdi_map: VdiMap, replicator: Replicator) -> None:
+    async def _sweep(self) -> None:
         """Remove what the former holder made and the map does not name; best effort."""
+        replicator, flusher = self.replicator, self.flusher
+        if replicator is None or flusher is None:
+            return
         try:
-            orphans = await find_orphans(replicator, vdi_map, self.open_layer, self.record.map)
+            orphans = await find_orphans(replicator, self._map, self.open_layer, self.record.map)
         except SheepError as error:
             log.warning("%s: orphans of the last holder stay: %s", self.name, error)
             return
-        if self.flusher is not None and orphans:
+        if orphans:
             log.info("%s: removing %d objects that the map never named", self.name, len(orphans))
-            self.flusher.discarded = {**orphans, **self.flusher.discarded}
+            flusher.discarded = {**orphans, **flusher.discarded}
 
     def _current_record(self) -> VdiRecord:
         return dataclasses.replace(
@@ -324,8 +320,8 @@ class Volume(MapOwner):
         replicator = self.replicator
         if replicator is None:
             return None
-        state = replicator.state(oid) if self._converge else replicator.objects.get(oid)
-        if state is None or state.ready or not (self._converge or state.uneven):
+        state = replicator.state(oid) if self._convergence.pending else replicator.objects.get(oid)
+        if state is None or state.ready or not (self._convergence.pending or state.uneven):
             return None
         return partial(replicator.open, state)
 
@@ -387,7 +383,7 @@ class Volume(MapOwner):
 
     async def _load_map(self, map_index: int, offset: int, length: int) -> bytes:
         oid = map_object(self.record.map, map_index)
-        if self._converge and self.replicator is not None:
+        if self._convergence.pending and self.replicator is not None:
             await self.replicator.open(self.replicator.state(oid))
         return await self._reader.fetch(oid, offset, length)
 
@@ -409,7 +405,7 @@ class Volume(MapOwner):
 
     async def _extents(self, oid: int) -> bytes:
         replicator = self.replicator
-        if self._converge and replicator is not None:
+        if self._convergence.pending and replicator is not None:
             await replicator.open(replicator.state(oid))
         return await self._reader.extents(oid)
 

@@ -18,6 +18,7 @@ import trio
 
 from sheepfs.backend import Done
 from sheepfs.callbacks import Completed, completion, countdown
+from sheepfs.convergence import Convergence
 from sheepfs.copyonwrite import CopyOnWrite
 from sheepfs.core.geometry import (
     MAX_VDI_SIZE,
@@ -70,10 +71,7 @@ class MapWriter(MapReader):
         """Changes that came while a snapshot held them up, in order."""
         self._passing = 0
         """Changes that passed the gate and are not with the replicator yet."""
-        self._end_is_clear = trio.Event()
-        """Nothing lies beyond the end. After a holder's unclean end something may: its size was
-        not saved, its data is there. The VDI does not grow over it."""
-        self._end_is_clear.set()
+        self._convergence = Convergence(False)
 
     async def _attach(self) -> None:
         """Become the one writer (HeldElsewhereError)."""
@@ -94,7 +92,7 @@ class MapWriter(MapReader):
         if end > MAX_VDI_SIZE:
             done(errno.EFBIG)
             return
-        if end > self._size and not self._end_is_clear.is_set():
+        if end > self._size and not self._convergence.end_is_clear.is_set():
             self._later(lambda: self._write_when_clear(offset, data, done), done)
             return
         self._modified = time.time()
@@ -122,8 +120,8 @@ class MapWriter(MapReader):
 
     async def _attach_with_clear_end(self) -> None:
         await self._attach()
-        while not self._end_is_clear.is_set():
-            await self._end_is_clear.wait()
+        while not self._convergence.end_is_clear.is_set():
+            await self._convergence.end_is_clear.wait()
             await self._attach()  # It may have been let go instead.
 
     async def _clear_beyond_end(self) -> None:
@@ -136,7 +134,6 @@ class MapWriter(MapReader):
         while index < MAX_OBJECTS:
             await self._punch_piece(index, 0, OBJECT_SIZE)
             index = self._map.skip_holes(index + 1, MAX_OBJECTS)
-        self._end_is_clear.set()
 
     async def _holds_data(self, index: int, within: int) -> bool:
         """Whether anything but zeros is in an object from `within` on. Makes its replicas equal."""

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 
 import trio
 
+from sheepfs.abandoned import level
 from sheepfs.backend import OpenVolume
 from sheepfs.cluster import Cluster
 from sheepfs.core.errors import UsageError, VdiNotFoundError
@@ -59,9 +60,7 @@ class ClusterAccess:
             return Image(ObjectReader(router, frozen.vdi), frozen.size, frozen.map, frozen.maps)
         _, record, _ = await self._catalog.find(found.vdi)
         if not record.clean and not await self._cluster.holding.is_held(record.id):
-            async with self._cluster.opened(record.id) as volume:
-                if isinstance(volume, Volume):
-                    await volume.level()
+            await level(self._cluster, record.id)
             _, record, _ = await self._catalog.find(found.vdi)
         return Image(ObjectReader(router, record.id), record.size, record.map, record.maps)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from sheepfs.abandoned import abandoned, level
 from sheepfs.cluster import Cluster
 from sheepfs.core.errors import (
     CorruptError,
@@ -27,7 +28,6 @@ from sheepfs.core.wire import Op
 from sheepfs.inventory import stored_entries, take_inventory
 from sheepfs.net.catalog import Roots
 from sheepfs.objects import ObjectReader
-from sheepfs.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -174,16 +174,9 @@ class ClusterCheck:
                     return
 
     async def _level_unclean(self) -> None:
-        for item in await self._cluster.list():
-            if item.read_only:
-                continue
+        for vdi in await abandoned(self._cluster):
             with suppress(VdiNotFoundError, HeldElsewhereError):
-                _, record, _ = await self._cluster.catalog.find(item.id)
-                if record.clean:
-                    continue
-                async with self._cluster.opened(item.id) as volume:
-                    if isinstance(volume, Volume):
-                        await volume.level()
+                await level(self._cluster, vdi)
 
 
 def _excused(families: dict[int, Roots]) -> set[int]:

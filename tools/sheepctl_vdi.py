@@ -17,6 +17,7 @@ from sheepfs.core.metadata import (
     check_vdi_size,
     full_name,
 )
+from sheepfs.holder_requests import delete_vdi
 from sheepfs.net.catalog import TRASH_KEEP_S
 from sheepfs_tools.sheepctl_check import Checker
 from sheepfs_tools.sheepctl_names import find_either, find_vdi
@@ -209,7 +210,10 @@ async def vdi_delete(arguments: argparse.Namespace) -> int:
     async with open_session(options(arguments)) as session:
         found = [await find_vdi(session.catalog, wanted) for wanted in arguments.name]
         for name, record in found:
-            await session.catalog.delete(name, keep_s=0 if arguments.now else TRASH_KEEP_S)
+            await delete_vdi(
+                session.store, session.keys, session.catalog, name,
+                keep_s=0 if arguments.now else TRASH_KEEP_S,
+            )  # fmt: skip
             kept = await session.catalog.snapshots(record.id)
             deleted.append({"name": name, "id": record.id, "snapshots": [s.file for s in kept]})
             if arguments.json:

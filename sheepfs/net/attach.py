@@ -39,6 +39,8 @@ Fence = Callable[[int, int], Awaitable[None]]
 Extra = Callable[[], Awaitable[tuple[list[Unchanged], list[Put | Delete]]]]
 
 RELEASE_S = 5.0
+LEVELLING = ":levelling"
+"""How the owner ends of who only levels a VDI, and gives way to whoever wants it."""
 
 
 @dataclass(eq=False)
@@ -332,9 +334,14 @@ async def _read_ours(
 
 def _is_left_over(lock: KeyValue, owner: str, lease: LeaseKeeper) -> bool:
     try:
-        return lock.lease == lease.lease and LockRecord.decode(lock.value).owner == owner
+        found = LockRecord.decode(lock.value).owner
+        return lock.lease == lease.lease and _mount(found) == _mount(owner)
     except ProtocolError:
         return False
+
+
+def _mount(owner: str) -> str:
+    return owner.removesuffix(LEVELLING)
 
 
 async def _give_back(held: Attachment) -> None:

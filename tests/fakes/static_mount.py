@@ -89,7 +89,7 @@ class StaticMount:
 
     # -- sheepfs.volume.Attacher ------------------------------------------------------------
 
-    async def attach(self, vdi: int) -> Attachment:
+    async def attach(self, vdi: int, *, gives_way: bool = False) -> Attachment:
         """Hold the VDI and fence the former holder."""
         etcd = self.etcd
         if etcd.holder is not None:
