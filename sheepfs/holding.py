@@ -68,6 +68,10 @@ class Attacher(Protocol):
         """Let others attach; `dropped`: objects of frozen layers may be dead now."""
         ...
 
+    async def want_reclaim(self, family: int) -> None:
+        """Ask for a look at what a family does not use any more."""
+        ...
+
 
 class Holding:
     """What one mount holds; implements `Attacher`.
@@ -164,12 +168,15 @@ class Holding:
                     modified=record.modified, layer=record.layer, next=0,
                 ),
                 clean=clean,
+                reclaim=dropped,
             )  # fmt: skip
-            if dropped:
-                await self._catalog.want_reclaim(record.family)
         except FencedError as error:
             log.warning("VDI %d: %s", record.id, error)
         self._changed()
+
+    async def want_reclaim(self, family: int) -> None:
+        """Ask the leader for a look at what a family does not use any more. (SheepError)"""
+        await self._catalog.want_reclaim(family)
 
     async def lease(self) -> LeaseKeeper:
         """One lease for all VDIs that this mount holds."""

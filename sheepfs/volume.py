@@ -37,6 +37,7 @@ from sheepfs.reading import Opening, failed
 from sheepfs.replication import Replicator
 from sheepfs.sweeping import find_orphans
 from sheepfs.vdimap import VdiMap
+from sheepfs.writing import GATE_POLL_S
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ READER_MAP_S = 1.0
 """A reader that does not hold the VDI looks at the map again after this."""
 MEASURE_EVERY_S = 10.0
 MEASURE_AT_DETACH_S = 0.5
+RECLAIM_EVERY_S = 300.0
+DISCARD_TRIES = 100
 
 
 class Volume(MapOwner):
@@ -196,6 +199,7 @@ class Volume(MapOwner):
                 self.replicator.run,
                 self.flusher.run,
                 self._measure_now_and_then,
+                self._reclaim_now_and_then,
             )
 
     def _use_map(self, replicator: Replicator) -> None:
@@ -222,6 +226,7 @@ class Volume(MapOwner):
             with trio.move_on_after(MEASURE_AT_DETACH_S):
                 await self._measure_if_changed()
             problem: SheepError | None = None
+            patience = DISCARD_TRIES
             while problem is None and not replicator.fenced:
                 await self._settle(replicator)
                 try:
@@ -229,8 +234,13 @@ class Volume(MapOwner):
                 except SheepError as error:
                     problem = error
                 unflushed = self._is_busy(replicator) or replicator.unflushed.groups
-                if not unflushed and not self._map.is_dirty and not flusher.is_asked:
+                if unflushed or self._map.is_dirty or flusher.is_asked:
+                    continue
+                if not flusher.discarded or not patience:
                     break
+                # A discarded object is in use, by a read that was issued before.
+                patience -= 1
+                await trio.sleep(GATE_POLL_S)
             dropped = not attachment.was_clean or (
                 self._copies is not None and self._copies.copied > 0
             )
@@ -428,6 +438,22 @@ class Volume(MapOwner):
         while True:
             await trio.sleep(MEASURE_EVERY_S)
             await self._measure_if_changed()
+
+    async def _reclaim_now_and_then(self) -> None:
+        """What is written takes the place of frozen objects, which may be of no use to anyone."""
+        asked = (self._copies, 0)
+        while True:
+            await trio.sleep(RECLAIM_EVERY_S)
+            copies = self._copies
+            replaced = (copies, copies.copied if copies else 0)
+            if replaced == asked or not replaced[1]:
+                continue
+            try:
+                await completion(self.flush)
+                await self._attacher.want_reclaim(self.record.family)
+                asked = replaced
+            except SheepError as error:
+                log.info("%s: no reclaim can be asked for now: %s", self.name, error)
 
     # -- flush ------------------------------------------------------------------------------
 

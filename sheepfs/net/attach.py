@@ -142,16 +142,19 @@ async def _go_on_with_next(held: Attachment) -> None:
     Only behind the fence: reclaim takes what no stored map names of a frozen layer, and until
     then the former holder may still store its map.
     """
-
-    async def reclaim() -> tuple[list[Unchanged], list[Put | Delete]]:
-        return [], [Put(held.keys.reclaim_family(held.record.family), b"")]
-
     await _change(
         held,
         lambda r: dataclasses.replace(r, layer=r.next or r.layer, next=0),
         release=False,
-        extra=reclaim,
+        extra=_reclaim_of(held),
     )
+
+
+def _reclaim_of(held: Attachment) -> Extra:
+    async def reclaim() -> tuple[list[Unchanged], list[Put | Delete]]:
+        return [], [Put(held.keys.reclaim_family(held.record.family), b"")]
+
+    return reclaim
 
 
 async def save(attachment: Attachment, change: VdiChange) -> VdiRecord:
@@ -178,19 +181,27 @@ async def commit(attachment: Attachment, change: VdiChange, extra: Extra) -> Vdi
     return await _change(attachment, change, release=False, extra=extra)
 
 
-async def detach(attachment: Attachment, change: VdiChange, clean: bool = True) -> None:
+async def detach(
+    attachment: Attachment, change: VdiChange, clean: bool = True, reclaim: bool = False
+) -> None:
     """Put the record's last change and let the VDI go, in one transaction.
 
     May be called again when it failed with a RetryableError; once it succeeded, again is fine.
 
     Args:
         clean: Everything is flushed, and all replicas agree.
+        reclaim: Ask for a look at what the family does not use any more.
 
     Raises:
         FencedError: somebody else took it over before (`lost` is set).
         UnreachableError: etcd does not answer.
     """
-    await _change(attachment, lambda r: dataclasses.replace(change(r), clean=clean), release=True)
+    await _change(
+        attachment,
+        lambda r: dataclasses.replace(change(r), clean=clean),
+        release=True,
+        extra=_reclaim_of(attachment) if reclaim else nothing_more,
+    )
 
 
 async def reclaim_after_lease_loss(attachment: Attachment, lease: LeaseKeeper) -> None:

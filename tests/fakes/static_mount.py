@@ -57,6 +57,7 @@ class StaticMount:
         self.router = Router(cluster.uuid, cluster.fetch)
         self.volume: Volume
         self.nursery: trio.Nursery
+        self.reclaims_wanted = 0
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
 
@@ -130,6 +131,10 @@ class StaticMount:
         if self.etcd.holder is self:
             self.etcd.record = dataclasses.replace(record, clean=clean)
             self.etcd.holder = None
+
+    async def want_reclaim(self, family: int) -> None:
+        """Count how often somebody asked."""
+        self.reclaims_wanted += 1
 
     # -- snapshots, as sheepfs.snapshots makes them -------------------------------------------
 

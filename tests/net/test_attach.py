@@ -192,6 +192,19 @@ async def test_clean_detach_is_found_clean_and_an_unclean_one_is_not(world: Worl
     assert not (await world.one.attach()).was_clean
 
 
+async def test_a_detach_asks_for_reclaim_in_the_same_transaction(world: World) -> None:
+    held = await world.one.attach()
+    key = KEYS.reclaim_family(held.record.family)
+    await detach(held, keep)
+    assert await world.one.etcd.get(key) is None
+    held = await world.one.attach()
+    await detach(held, keep, reclaim=True)
+    asked, record = await world.one.etcd.get(key), await world.one.etcd.get(KEYS.vdi("vm"))
+    assert asked is not None
+    assert record is not None
+    assert asked.mod_revision == record.mod_revision
+
+
 async def test_of_many_attaches_at_once_one_wins(
     world: World, autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:

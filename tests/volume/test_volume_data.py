@@ -13,7 +13,7 @@ import trio
 from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
-from sheepfs import flusher
+from sheepfs import flusher, volume
 from sheepfs.callbacks import OperationError
 from sheepfs.core.errors import HeldElsewhereError, NoSpaceError, SheepError
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, map_object
@@ -379,6 +379,39 @@ async def test_a_reader_whose_map_names_what_is_gone_looks_again(tmp_path: Path)
         await here.flush()
         await wait_until(lambda: copies(cluster, data_object(LAYER, 0)) == [None] * 3)
         assert await there.read(0, BLOCK) == bytes(BLOCK)
+
+
+async def test_an_object_that_is_read_while_it_is_discarded_goes_before_the_detach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with mounted(tmp_path, 2 * OBJECT_SIZE) as (cluster, here, _):
+        await here.write(0, A)
+        await here.flush()
+        replicator = here.volume.replicator
+        assert replicator is not None
+        uses = iter([True, True, True])
+        monkeypatch.setattr(replicator, "in_use", lambda state: next(uses, False))
+        await here.volume.punch(0, OBJECT_SIZE)
+        await here.volume.detach()
+        assert copies(cluster, data_object(LAYER, 0)) == [None] * 3
+        assert next(uses, None) is None
+
+
+async def test_a_holder_asks_for_reclaim_of_what_it_overwrites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(volume, "RECLAIM_EVERY_S", 0.02)
+    async with mounted(tmp_path, 2 * OBJECT_SIZE) as (_, here, _):
+        await here.write(0, A)
+        await here.snapshot()
+        await here.write(OBJECT_SIZE, B)
+        await trio.sleep(0.1)
+        assert here.reclaims_wanted == 0
+        await here.write(0, B)
+        await wait_until(lambda: here.reclaims_wanted == 1)
+        assert here.volume._map.is_dirty is False
+        await trio.sleep(0.1)
+        assert here.reclaims_wanted == 1
 
 
 async def test_a_reader_follows_a_rollback(tmp_path: Path) -> None:
