@@ -19,12 +19,39 @@ from sheepfs.net.groups import plain_errors
 from sheepfs.net.link import Link
 from sheepfs.net.router import Router
 from sheepfs.net.store import Store
+from sheepfs.net.transport import TCP, Network
 
 
 async def fetch_map(store: Store, keys: Keys) -> ClusterMap | None:
     """Read the cluster map from etcd."""
     found = await store.get(keys.map)
     return None if found is None else ClusterMap.decode(found.value)
+
+
+@asynccontextmanager
+async def join(
+    store: Store, cluster: str, owner: str, *, stays: bool = False, network: Network = TCP
+) -> AsyncIterator[Cluster]:
+    """Do as `connect`; at the end nothing is flushed or detached."""
+    keys = Keys(cluster)
+    catalog = Catalog(store, keys)
+    config = await catalog.config()
+    router = Router(config.cluster, lambda: fetch_map(store, keys), network=network)
+    first = await fetch_map(store, keys)
+    if first is not None:
+        router.take_map(first)
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(router.run)
+            await _wait_for_a_node(router)
+            me = Cluster(store, keys, catalog, router, owner, nursery)
+            nursery.start_soon(me.report_stalls)
+            nursery.start_soon(holder_requests.serve, store, keys, me.serve_request)
+            nursery.start_soon(me.follow)
+            if stays:
+                nursery.start_soon(level_abandoned, me)
+            yield me
+            nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
@@ -42,34 +69,12 @@ async def connect(
         UnreachableError: etcd does not answer, or no storage daemon is up.
         UsageError: there is no such cluster.
     """
-    keys = Keys(cluster)
-    store = Etcd(etcd)
-    try:
-        catalog = Catalog(store, keys)
-        config = await catalog.config()
-        router = Router(config.cluster, lambda: fetch_map(store, keys))
-        first = await fetch_map(store, keys)
-        if first is not None:
-            router.take_map(first)
-        with plain_errors():
-            async with trio.open_nursery() as nursery:
-                await nursery.start(router.run)
-                await _wait_for_a_node(router)
-                me = Cluster(store, keys, catalog, router, owner, nursery)
-                nursery.start_soon(me.report_stalls)
-                nursery.start_soon(holder_requests.serve, store, keys, me.serve_request)
-                nursery.start_soon(me.follow)
-                if stays:
-                    nursery.start_soon(level_abandoned, me)
-                try:
-                    yield me
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await me.close()
-                    nursery.cancel_scope.cancel()
-    finally:
-        with trio.CancelScope(shield=True):
-            await store.aclose()
+    async with Etcd(etcd) as store, join(store, cluster, owner, stays=stays) as me:
+        try:
+            yield me
+        finally:
+            with trio.CancelScope(shield=True):
+                await me.close()
 
 
 async def _wait_for_a_node(router: Router) -> None:

@@ -25,6 +25,7 @@ from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
 from sheepfs.net.router import Router
 from sheepfs.net.store import Store, parse_endpoints
+from sheepfs.net.transport import TCP, Network
 from storaged.control import Control
 from storaged.leader import Leader
 from storaged.membership import Announcer, MapFollower, ensure_config, register
@@ -33,7 +34,8 @@ from storaged.reclaim import Reclaimer
 from storaged.recovery import JoinedGroup, Recovery, encode_joined
 from storaged.removal import Removal
 from storaged.replica import Replica
-from storaged.server import Server, listen
+from storaged.server import Server
+from storaged.store.disk import Disk
 from storaged.store.objects import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -57,11 +59,22 @@ class Options:
     pg_count: int
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a daemon finds on its host; a simulation has its own."""
+
+    network: Network = TCP
+    etcd: Callable[[str], Store] = Etcd
+    disk: Disk | None = None
+    """In place of the file system of the data directory."""
+
+
 class Daemon:
     """A storage daemon that runs until `stop` or a disk error."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, machine: Machine | None = None) -> None:
         self._options = options
+        self._machine = machine or Machine()
         self._stop = trio.Event()
         self._disk_error: SheepError | None = None
 
@@ -80,9 +93,12 @@ class Daemon:
         """
         options = self._options
         keys = Keys(options.cluster)
-        async with Etcd(options.etcd) as store:
+        store = self._machine.etcd(options.etcd)
+        try:
             config = await self._config(store, keys)
-            objects = ObjectStore.open(options.data_dir, cluster=config.cluster, create=True)
+            objects = ObjectStore.open(
+                options.data_dir, cluster=config.cluster, create=True, disk=self._machine.disk
+            )
             try:
                 node = await register(store, keys, objects.uuid, objects.node_id)
                 if objects.node_id is None:
@@ -90,6 +106,9 @@ class Daemon:
                 await self._serve(store, keys, config, objects, node, ready)
             finally:
                 objects.close(clean=self._disk_error is None)
+        finally:
+            with trio.CancelScope(shield=True):
+                await store.aclose()
         if self._disk_error is not None:
             raise self._disk_error
 
@@ -115,17 +134,17 @@ class Daemon:
         ready: Callable[[str], None],
     ) -> None:
         options = self._options
-        listeners = await listen(options.listen)
-        port = listeners[0].socket.getsockname()[1]
-        address = options.advertise or _own_address(options.listen, options.etcd, port)
+        network = self._machine.network
+        listener = await network.listen(options.listen)
+        address = options.advertise or _own_address(options.listen, options.etcd, listener.port)
         weight = options.weight
         if weight is None:
             weight = max(0.01, objects.usage().total / GIB)
         zone = options.zone or stdlib_socket.gethostname()
         announcer = Announcer(store, keys, node, address, zone, weight)
         async with trio.open_nursery() as nursery:
-            parts = _Parts(store, keys, config, objects, announcer, nursery, self._fail)
-            nursery.start_soon(parts.server.serve, listeners)
+            parts = _Parts(store, keys, config, objects, announcer, network, nursery, self._fail)
+            nursery.start_soon(parts.server.serve, listener)
             nursery.start_soon(parts.replica.run)
             parts.replica.incarnation = await nursery.start(announcer.run)
             nursery.start_soon(parts.router.run)
@@ -166,6 +185,7 @@ class _Parts:
         config: ClusterConfig,
         objects: ObjectStore,
         announcer: Announcer,
+        network: Network,
         nursery: trio.Nursery,
         on_disk_error: Callable[[SheepError], None],
     ) -> None:
@@ -175,13 +195,13 @@ class _Parts:
         self._announcer = announcer
         self.replica = Replica(objects, node, announcer.incarnation, nursery, on_disk_error)
         self.follower = MapFollower(store, keys, config.cluster, self._on_map)
-        self.router = Router(config.cluster, self._no_map, node)
+        self.router = Router(config.cluster, self._no_map, node, network)
         self.router.on_map.append(lambda old, new: self._take(new))
         self.recovery = Recovery(self.replica, self.router, self._tell_joined)
         self.replica.puller = self.recovery
 
         async def ping_run(address: str, incarnation: int) -> bool:
-            return await ping(address, incarnation, config.cluster)
+            return await ping(address, incarnation, config.cluster, network)
 
         self.leader = Leader(store, keys, config, announcer, ping_run, self._take)
         self.removal = Removal(self.replica, nursery)

@@ -6,12 +6,13 @@ import secrets
 
 from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError, WrongClusterError
 from sheepfs.net.connection import connect
+from sheepfs.net.transport import TCP, Network
 
 _GIVE_UP_S = 30.0
 """The caller's deadline comes first; this only keeps a forgotten call from lasting for ever."""
 
 
-async def ping(address: str, incarnation: int, cluster: str) -> bool:
+async def ping(address: str, incarnation: int, cluster: str, network: Network = TCP) -> bool:
     """Tell whether the daemon at `address` (host:port) is the run `incarnation`.
 
     Returns:
@@ -25,7 +26,11 @@ async def ping(address: str, incarnation: int, cluster: str) -> bool:
     for attempt in range(2):
         try:
             connection, greeting = await connect(
-                address, cluster, f"ping-{secrets.token_hex(8)}", timeout_s=_GIVE_UP_S
+                address,
+                cluster,
+                f"ping-{secrets.token_hex(8)}",
+                timeout_s=_GIVE_UP_S,
+                network=network,
             )
         except (ProtocolError, WrongClusterError):
             return False

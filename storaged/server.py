@@ -12,9 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import socket as stdlib_socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from sheepfs.core.errors import ProtocolError, SheepError, Status, UsageError, W
 from sheepfs.core.wire import MAX_FRAME, REPLY, Buffer, Header, Op
 from sheepfs.net.connection import Connection, Greeting, check_greeting
 from sheepfs.net.groups import plain_errors
+from sheepfs.net.transport import Listener, Transport
 
 log = logging.getLogger(__name__)
 
@@ -113,17 +113,13 @@ class Server:
             if client.wants_maps:
                 client.connection.send(Op.MAP | REPLY, 0, cluster_map.encoded)
 
-    async def serve(self, listeners: Sequence[trio.SocketListener]) -> None:
+    async def serve(self, listener: Listener) -> None:
         """Accept connections until cancelled."""
-        await trio.serve_listeners(self._serve_one, list(listeners))
+        await listener.serve(self._serve_one)
 
-    async def _serve_one(self, stream: trio.SocketStream) -> None:
-        sock = stream.socket
-        try:
-            peer = "{}:{}".format(*sock.getpeername()[:2])
-        except OSError:
-            return
-        client = ClientConnection(Connection(sock), peer)
+    async def _serve_one(self, transport: Transport) -> None:
+        peer = transport.peer
+        client = ClientConnection(Connection(transport), peer)
         try:
             if len(self.clients) >= MAX_CONNECTIONS:
                 log.warning("refused %s: %d connections are open", peer, len(self.clients))
@@ -223,16 +219,3 @@ def json_object(payload: Buffer) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError("payload is not a JSON object")
     return content
-
-
-async def listen(address: str) -> list[trio.SocketListener]:
-    """Listen at `ADDR:PORT`; port 0 takes a free one.
-
-    Raises:
-        UsageError: the address cannot be listened at; says why.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        return list(await trio.open_tcp_listeners(int(port), host=host.strip("[]") or None))
-    except (OSError, ValueError, stdlib_socket.gaierror) as error:
-        raise UsageError(f"cannot listen at {address}: {error}") from error

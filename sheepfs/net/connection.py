@@ -11,8 +11,6 @@ Source: docs/wire.md.
 from __future__ import annotations
 
 import json
-import os
-import socket as stdlib_socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,26 +32,23 @@ from sheepfs.core.wire import (
     encode_reply,
     frame_length,
 )
+from sheepfs.net.transport import TCP, Network, Transport
 
 Handler = Callable[[Header, memoryview], None]
 
 _FIRST_BUFFER = 8 << 10
 _BATCH_BUFFER = 512 << 10
 """The receive buffer starts small (pings come and go) and doubles up to this as reads fill it."""
-_SOCKET_BUFFER = 2 << 20
 _MAX_IOVECS = 512
 _FAIR_TURNS = 8
 """Reads in a row before other tasks get their turn."""
 
 
 class Connection:
-    """Frames over one TCP socket; `session` seeds the checksums once both sides greeted."""
+    """Frames over one stream; `session` seeds the checksums once both sides greeted."""
 
-    def __init__(self, sock: trio.socket.SocketType) -> None:
-        sock.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
-        for option in (stdlib_socket.SO_SNDBUF, stdlib_socket.SO_RCVBUF):
-            sock.setsockopt(stdlib_socket.SOL_SOCKET, option, _SOCKET_BUFFER)
-        self.sock = sock
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
         self.session = 0
         self.frame_limit = MAX_HELLO
         self.queued_bytes = 0
@@ -67,7 +62,8 @@ class Connection:
         """Called when all of them are handled."""
         self.on_output: Callable[[], None] = self.wake_writer
         """Called when output is queued: by default the writer task sends it."""
-        self._fd = sock.fileno()
+        self._read = transport.read
+        self._write = transport.write
         self._buffer = bytearray(_FIRST_BUFFER)
         self._start = 0
         self._end = 0
@@ -117,7 +113,7 @@ class Connection:
     async def flush(self) -> None:
         """Send what is queued, where no writer task runs."""
         while not self.transmit():
-            await trio.lowlevel.wait_writable(self.sock)
+            await self.transport.wait_writable()
 
     async def run_writer(self) -> None:
         """Send what is queued until the connection fails or the task is cancelled."""
@@ -127,9 +123,8 @@ class Connection:
             await self.flush()
 
     def transmit(self) -> bool:
-        """Send of the queue what the kernel takes at once; tells whether that was all.
+        """Send of the queue what is taken at once; tells whether that was all.
 
-        System calls are made directly: trio's sockets pass through the scheduler each time.
         Raises OSError: the connection broke.
         """
         out = self._out
@@ -137,7 +132,7 @@ class Connection:
         try:
             while out:
                 vector = out[:_MAX_IOVECS]
-                sent = os.writev(self._fd, vector)
+                sent = self._write(vector)
                 self.queued_bytes -= sent
                 if sent == sum(map(len, vector)):
                     del out[: len(vector)]
@@ -188,10 +183,10 @@ class Connection:
                 self._make_room(HEADER_SIZE)
             try:
                 with memoryview(self._buffer) as whole, whole[self._end :] as space:
-                    received = os.readv(self._fd, (space,))
+                    received = self._read(space)
             except BlockingIOError:
                 turns = 0
-                await trio.lowlevel.wait_readable(self.sock)
+                await self.transport.wait_readable()
                 continue
             if not received:
                 if self._end > self._start:
@@ -239,16 +234,15 @@ class Connection:
         self._start, self._end = 0, have
 
     def close(self) -> None:
-        """Close the socket at once; the reader and writer tasks end with an error."""
+        """Close the stream at once; the reader and writer tasks end with an error."""
         # Whoever still refers to the connection must not keep its buffers.
         self._buffer = bytearray()
         self._start = self._end = 0
         self._out.clear()
         self.closed = True
-        self._fd = -1
         self._drained.set()
         self._wake.set()
-        self.sock.close()
+        self.transport.close()
 
 
 class Greeting(dict[str, Any]):
@@ -267,7 +261,13 @@ class Greeting(dict[str, Any]):
 
 
 async def connect(
-    address: str, cluster: str, client: str, *, timeout_s: float = 2.0, maps: bool = False
+    address: str,
+    cluster: str,
+    client: str,
+    *,
+    timeout_s: float = 2.0,
+    maps: bool = False,
+    network: Network = TCP,
 ) -> tuple[Connection, Greeting]:
     """Connect to the daemon at `address` (host:port) and greet it.
 
@@ -281,22 +281,20 @@ async def connect(
         WrongClusterError: the daemon is of another cluster.
         ProtocolError: whoever is there speaks something else.
     """
-    host, _, port = address.rpartition(":")
-    sock = None
+    transport = None
     try:
         with trio.fail_after(timeout_s):
-            stream = await trio.open_tcp_stream(host.strip("[]"), int(port))
-            sock = stream.socket
-            connection = Connection(sock)
+            transport = await network.connect(address)
+            connection = Connection(transport)
             greeting = await _greet(connection, cluster, client, maps)
     except (OSError, ValueError, trio.TooSlowError) as error:
-        if sock:
-            sock.close()
+        if transport:
+            transport.close()
         reason = "no answer in time" if isinstance(error, trio.TooSlowError) else str(error)
         raise UnreachableError(f"storage daemon at {address}: {reason}") from error
     except BaseException:
-        if sock:
-            sock.close()
+        if transport:
+            transport.close()
         raise
     connection.session = int(greeting["session"])
     connection.frame_limit = MAX_FRAME

@@ -22,6 +22,7 @@ from sheepfs.core.wire import Buffer, Header, Op
 from sheepfs.net.connection import Connection, connect
 from sheepfs.net.groups import plain_errors
 from sheepfs.net.link import Link, next_request
+from sheepfs.net.transport import TCP, Network
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Router:
         cluster: str,
         fetch_map: Callable[[], Awaitable[ClusterMap | None]],
         skip_node: int = 0,
+        network: Network = TCP,
     ) -> None:
         self.map = ClusterMap(0, cluster)
         self.links: dict[int, Link] = {}
@@ -57,6 +59,7 @@ class Router:
         """Called when a link is up."""
         self._fetch_map = fetch_map
         self._skip_node = skip_node
+        self._network = network
         self._nursery: trio.Nursery | None = None
         self._keepers: dict[int, trio.CancelScope] = {}
         self._map_event = trio.Event()
@@ -145,6 +148,7 @@ class Router:
                 self.client,
                 timeout_s=CONNECT_TIMEOUT_S,
                 maps=True,
+                network=self._network,
             )
         except SheepError as error:
             log.debug("node %d: %s", node.id, error)

@@ -85,6 +85,10 @@ class Store(Protocol):
         """
         ...
 
+    async def aclose(self) -> None:
+        """End; calls under way raise UnreachableError. Again is fine."""
+        ...
+
 
 def parse_endpoints(text: str) -> list[tuple[str, int]]:
     """Split "HOST:PORT[,HOST:PORT]" ("[::1]:2379" for IPv6). Raises UsageError."""

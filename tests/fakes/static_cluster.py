@@ -16,9 +16,10 @@ import trio
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
 from sheepfs.core.errors import SheepError
 from sheepfs.net.router import Router
+from sheepfs.net.transport import TCP
 from storaged.recovery import JoinedGroup, Recovery
 from storaged.replica import Replica
-from storaged.server import Server, listen
+from storaged.server import Server
 from storaged.store.objects import ObjectStore
 
 PG_COUNT = 4
@@ -66,12 +67,12 @@ class StaticNode:
                     {**handlers, 2: lambda c, h, p: c.reply(h), 15: lambda c, h, p: c.reply(h)},
                     lambda: {"node": self.node, "incarnation": self.incarnation},
                 )
-                listeners = await listen("127.0.0.1:0")
-                self.address = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+                listener = await TCP.listen("127.0.0.1:0")
+                self.address = f"127.0.0.1:{listener.port}"
                 nursery.start_soon(self.replica.run)
                 nursery.start_soon(self.router.run)
                 nursery.start_soon(self.recovery.run)
-                nursery.start_soon(self.server.serve, listeners)
+                nursery.start_soon(self.server.serve, listener)
                 task_status.started()
         self.store.close(clean=self.clean)
         self._ended.set()

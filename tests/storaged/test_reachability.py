@@ -6,9 +6,10 @@ import pytest
 import trio
 
 from sheepfs.core.errors import UnreachableError
+from sheepfs.net.transport import TCP
 from storaged.logic.reachability import Outcome, Reachability
 from storaged.ping import ping
-from storaged.server import Server, listen
+from storaged.server import Server
 
 RUN = (1, 100)
 CLUSTER = "c" * 32
@@ -70,10 +71,10 @@ def test_runs_that_nobody_asks_about_are_forgotten() -> None:
 async def address() -> AsyncIterator[str]:
     """A daemon's port: run 100 of node 1."""
     server = Server(CLUSTER, {}, lambda: {"node": 1, "incarnation": 100})
-    listeners = await listen("127.0.0.1:0")
+    listener = await TCP.listen("127.0.0.1:0")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(server.serve, listeners)
-        yield f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        nursery.start_soon(server.serve, listener)
+        yield f"127.0.0.1:{listener.port}"
         nursery.cancel_scope.cancel()
 
 
@@ -90,14 +91,14 @@ async def test_another_cluster_at_its_address_proves_it_over(address: str) -> No
 
 
 async def test_a_port_that_refuses_proves_it_over() -> None:
-    (listener,) = await listen("127.0.0.1:0")
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listener.socket.getsockname()[1]
     await listener.aclose()
     assert not await ping(f"127.0.0.1:{port}", 100, CLUSTER)
 
 
 async def test_a_port_that_accepts_and_says_nothing_proves_nothing() -> None:
-    (listener,) = await listen("127.0.0.1:0")
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listener.socket.getsockname()[1]
     with trio.move_on_after(0.2) as deadline:
         await ping(f"127.0.0.1:{port}", 100, CLUSTER)
@@ -106,7 +107,7 @@ async def test_a_port_that_accepts_and_says_nothing_proves_nothing() -> None:
 
 
 async def test_connections_that_are_closed_unanswered_prove_nothing() -> None:
-    (listener,) = await listen("127.0.0.1:0")
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listener.socket.getsockname()[1]
 
     async def close_each() -> None:
