@@ -80,6 +80,8 @@ class Recovery:
         self._replica = replica
         self._peers = peers
         self._tell_joined = tell_joined
+        self._is_wanted = False
+        """The map changed since the last round began."""
         self._changed = trio.Event()
         self._limit = trio.CapacityLimiter(PARALLEL_PULLS)
         self._to_keep: dict[int, int] = {}
@@ -88,16 +90,21 @@ class Recovery:
 
     def map_changed(self) -> None:
         """A new map is there: perhaps there is something to join."""
+        self._is_wanted = True
         self._changed.set()
+        self._changed = trio.Event()
 
     async def run(self) -> None:
         """Catch up whenever the map says that this node joins a group."""
         while True:
-            await self._changed.wait()
-            self._changed = trio.Event()
+            while not self._is_wanted:
+                await self._changed.wait()
+            self._is_wanted = False
             while not await self._round():
-                with trio.move_on_after(RETRY_DELAY_S):
-                    await self._changed.wait()
+                if not self._is_wanted:
+                    with trio.move_on_after(RETRY_DELAY_S):
+                        await self._changed.wait()
+                self._is_wanted = False
 
     def _joining(self) -> list[tuple[int, int, PlacementGroup]]:
         node = self._replica.node
