@@ -21,6 +21,7 @@ from sheepfs.core.geometry import (
     MAP_ENTRIES_PER_BLOCK,
     OBJECT_SIZE,
     data_object,
+    layer_of,
     map_object,
 )
 from sheepfs.core.wire import USAGE, Op
@@ -165,10 +166,11 @@ async def data_of(router: Router, vdi_map: VdiMap) -> int:
     named = {
         data_object(layer, number * MAP_ENTRIES_PER_BLOCK + entry)
         for number, page in vdi_map.pages.items()
+        if any(page)
         for entry, layer in enumerate(page)
         if layer
     }
-    layers = {layer for page in vdi_map.pages.values() for layer in set(page) if layer}
+    layers = {layer_of(oid) for oid in named}
     found = (await take_inventory(router, layers)).replicas if layers else {}
     # What no node tells of may be full.
     return sum(

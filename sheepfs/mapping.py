@@ -16,7 +16,12 @@ from sheepfs.callbacks import Completed, completion
 from sheepfs.capture import Begin, Captured, Commit, capture
 from sheepfs.copyonwrite import CopyOnWrite
 from sheepfs.core.errors import FencedError
-from sheepfs.core.geometry import MAP_ENTRIES_PER_BLOCK, OBJECT_SIZE, data_object
+from sheepfs.core.geometry import (
+    MAP_ENTRIES_PER_BLOCK,
+    MAX_VDI_SIZE,
+    OBJECT_SIZE,
+    data_object,
+)
 from sheepfs.core.metadata import VdiRecord
 from sheepfs.core.wire import Op
 from sheepfs.net.groups import plain_errors
@@ -145,13 +150,18 @@ class MapOwner(MapWriter):
             if layer and chosen(layer)
         ]
 
-    async def load_map(self) -> VdiMap:
-        """Load all pages of the map that are stored, and give it."""
+    async def load_map(self, objects: int = MAX_VDI_SIZE // OBJECT_SIZE) -> VdiMap:
+        """Load all pages of the map that are stored, and give it.
+
+        Args:
+            objects: pages that only tell of later objects are left out.
+        """
         vdi_map = self._map
+        end = -(-objects // MAP_ENTRIES_PER_BLOCK)
         for index in range(vdi_map.existing.bit_length()):
             if vdi_map.existing >> index & 1:
                 first = index * PAGES_PER_OBJECT
-                for number in range(first, first + PAGES_PER_OBJECT):
+                for number in range(first, min(first + PAGES_PER_OBJECT, end)):
                     if number not in vdi_map.pages:
                         await vdi_map.load(number * MAP_ENTRIES_PER_BLOCK)
         return vdi_map

@@ -23,6 +23,7 @@ from sheepfs.core.errors import HeldElsewhereError, SheepError, UnreachableError
 from sheepfs.core.geometry import (
     copies_of,
     map_object,
+    object_count,
 )
 from sheepfs.core.metadata import VdiRecord
 from sheepfs.core.wire import Buffer
@@ -424,7 +425,7 @@ class Volume(MapOwner):
     async def measure(self) -> None:
         """Count the data that the map names; `allocated` is exact then. Raises SheepError."""
         modified = self._modified
-        self._allocated = await data_of(self._router, await self.load_map())
+        self._allocated = await data_of(self._router, await self.load_map(object_count(self._size)))
         self._measured = modified
 
     async def _measure_if_changed(self) -> None:
