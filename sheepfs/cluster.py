@@ -68,6 +68,9 @@ class Cluster:
         self.keys = keys
         self._nursery = nursery
         self._volumes: dict[int, Volume | FrozenVolume] = {}
+        self._tending = trio.CancelScope()
+        self._tended = trio.Event()
+        self._tended.set()
         self._listing = Listing(catalog, self._take_list)
         self.holding = Holding(
             store, keys, catalog, router, owner, nursery, self._open_vdis, self._listing.forget
@@ -263,8 +266,20 @@ class Cluster:
             f"no storage daemon has made the pool of {copies} copies: are daemons running?"
         )
 
+    async def tend(self, work: Callable[[Cluster], Awaitable[None]]) -> None:
+        """Do what nobody waits for, until `close`."""
+        self._tended = trio.Event()
+        try:
+            with self._tending:
+                await work(self)
+        finally:
+            self._tended.set()
+
     async def close(self) -> None:
         """Flush and detach everything."""
+        # First of all: whoever opens a volume after this would not see it closed.
+        self._tending.cancel()
+        await self._tended.wait()
         for volume in list(self._volumes.values()):
             try:
                 await volume.detach()

@@ -49,7 +49,7 @@ async def join(
             nursery.start_soon(holder_requests.serve, store, keys, me.serve_request)
             nursery.start_soon(me.follow)
             if stays:
-                nursery.start_soon(level_abandoned, me)
+                nursery.start_soon(me.tend, level_abandoned)
             yield me
             nursery.cancel_scope.cancel()
 

@@ -100,16 +100,22 @@ class TcpTransport:
 
     async def wait_readable(self) -> None:
         """See Transport."""
+        self._check_open()
         await trio.lowlevel.wait_readable(self._sock)
 
     async def wait_writable(self) -> None:
         """See Transport."""
+        self._check_open()
         await trio.lowlevel.wait_writable(self._sock)
 
     def close(self) -> None:
         """See Transport."""
         self._fd = -1
         self._sock.close()
+
+    def _check_open(self) -> None:
+        if self._fd < 0:
+            raise trio.ClosedResourceError("the connection is closed")
 
 
 class _TcpListener:

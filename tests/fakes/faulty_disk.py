@@ -226,6 +226,12 @@ class FaultyDisk:
         self._pending.clear()
         self._restore(self._root, rng)
 
+    def lose_dirty_pages(self) -> None:
+        """After a write-back error what was not synced is gone, as if it was never written."""
+        for file in {*self._files(self._root), *self._fds.values()}:
+            for number, block in file.durable_blocks.items():
+                file.blocks[number] = block
+
     def rot(self, path: str, offset: int) -> None:
         """Flip a bit, on the platter and in memory."""
         parent, name = self._parent(path)

@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
-from store_faulty_disk import FaultyDisk
 
+from fakes.faulty_disk import FaultyDisk
 from storaged.store.disk import Disk, FileDisk, read_file, replace_file, write_all
 
 

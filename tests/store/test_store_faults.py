@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable
 
 import pytest
-from store_faulty_disk import FaultyDisk
 from store_helpers import flush, get, open_store, put
 
+from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.errors import (
     DiskError,
     NoSpaceError,

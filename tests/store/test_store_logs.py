@@ -8,8 +8,8 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from store_faulty_disk import FaultyDisk
 
+from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.errors import CorruptError, DiskError, NoSpaceError
 from storaged.store import dirtylog
 from storaged.store.dirtylog import DirtyLog

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from store_faulty_disk import FaultyDisk
 from store_helpers import flush, get, level, open_store
 
+from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.errors import CorruptError, NoSpaceError, ObjectNotFoundError
 from sheepfs.core.geometry import (
     OBJECT_SIZE,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from store_faulty_disk import FaultyDisk
 from store_helpers import copy, flush, get, open_store, put
 
+from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.errors import RetryableError
 from sheepfs.core.geometry import data_object, make_layer
 from storaged.store.catalog import Catalog

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from store_faulty_disk import FaultyDisk
 from store_helpers import copy, flush, get, level, open_store, put
 
+from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.errors import CorruptError, ObjectNotFoundError, RetryableError
 from sheepfs.core.geometry import data_object, make_layer, map_object
 from sheepfs.core.wire import Buffer

@@ -1,0 +1,173 @@
+"""One seed, from start to verdict."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+import traceback
+from dataclasses import dataclass
+
+import trio
+import trio.testing
+
+from sheepfs.callbacks import completion, read_bytes
+from sheepfs.connecting import join
+from sheepfs.core.errors import HeldElsewhereError
+from sheepfs.volume import Volume
+from sim.clients import OBJECT_SECTORS, SimClient
+from sim.faults import Faults
+from sim.machine import HOST
+from sim.planted import planted
+from sim.registers import SECTOR
+from sim.registers import Volume as Model
+from sim.world import CLUSTER, DEADLINE_S, HistoryLog, World, determined
+
+LIMIT_S = 1000.0
+"""Of simulated time."""
+REAL_LIMIT_S = 60
+CHUNK = 1 << 20
+
+
+class TooSlow(BaseException):
+    """Raised out of whatever is running."""
+
+
+@dataclass
+class Outcome:
+    """What became of a seed."""
+
+    seed: int
+    operations: int
+    faults: int
+    simulated_s: float
+    took_s: float
+    problem: str
+    """How it failed; empty if it did not."""
+    history: list[str]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much one seed does."""
+
+    nodes: int = 5
+    clients: int = 3
+    operations: int = 2000
+    faults: int = 20
+    left_out: tuple[str, ...] = ()
+    """Names of faults that do not happen."""
+    bug: str = ""
+    """Name of a planted one."""
+
+
+def run(seed: int, size: Size = Size()) -> Outcome:
+    """Run a seed."""
+    world = World(seed, size.nodes)
+    handler = HistoryLog(world.history)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    began = time.perf_counter()
+    outcome = Outcome(seed, 0, 0, 0.0, 0.0, "", world.history.lines)
+
+    async def main() -> None:
+        start = trio.current_time()
+        with trio.fail_after(LIMIT_S):
+            await _main(world, size, outcome)
+            if world.problem is not None:
+                raise world.problem
+        outcome.simulated_s = trio.current_time() - start
+
+    def too_slow(*_: object) -> None:
+        raise TooSlow(f"not done within {REAL_LIMIT_S} s: does something go round for ever?")
+
+    former = signal.signal(signal.SIGALRM, too_slow)
+    signal.alarm(REAL_LIMIT_S)
+    try:
+        with determined(world, seed), planted(size.bug):
+            trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        outcome.problem = "".join(traceback.format_exception(error))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+        root.removeHandler(handler)
+        root.setLevel(level)
+    outcome.took_s = time.perf_counter() - began
+    return outcome
+
+
+async def _main(world: World, size: Size, outcome: Outcome) -> None:
+    async with world.running():
+        await world.wait_nodes()
+        models = await _make_volumes(world)
+        clients = [
+            SimClient(world, i + 1, models, -(-size.operations // size.clients))
+            for i in range(size.clients)
+        ]
+        faults = Faults(world, clients, list(models.values()), size.left_out)
+        for client in clients:
+            client.pause_s = faults.gap_s * size.faults * size.clients / size.operations
+        async with trio.open_nursery() as nursery:
+            for client in clients:
+                nursery.start_soon(client.run)
+            nursery.start_soon(faults.run, size.faults)
+        outcome.operations = sum(client.done for client in clients)
+        outcome.faults = faults.brought
+        world.history.say("-", "all operations are done")
+        await world.wait_whole()
+        world.history.say("-", "the cluster is whole")
+        await _check(world, models)
+
+
+async def _make_volumes(world: World) -> dict[str, Model]:
+    host = world.network.host("maker")
+    HOST.set(host)
+    models = {}
+    async with join(world.etcd_client(host), CLUSTER, "maker", network=host) as cluster:
+        for number in range(1, world.rng.randint(2, 4) + 1):
+            name = f"v{number}.raw"
+            sectors = OBJECT_SECTORS * world.rng.randint(1, 3) - world.rng.choice((0, 8, 3))
+            copies = world.rng.choice((2, 3, 3))
+            record = await cluster.catalog.create(name, sectors * SECTOR, copies)
+            models[name] = Model(record.id, sectors)
+            world.history.say("-", f"{name}: {sectors} sectors, {copies} copies")
+        for copies in {2, 3}:
+            await cluster.catalog.want_pool(copies)
+    return models
+
+
+async def _check(world: World, models: dict[str, Model]) -> None:
+    """All that was written is there, and all replicas agree."""
+    host = world.network.host("checker")
+    HOST.set(host)
+    async with join(world.etcd_client(host), CLUSTER, "checker", network=host) as cluster:
+        for name, model in models.items():
+            volume = await cluster.open((await cluster.lookup(name)).id)
+            assert isinstance(volume, Volume)
+            with trio.fail_after(DEADLINE_S):
+                while True:
+                    try:
+                        await volume.attach()
+                        break
+                    except HeldElsewhereError:
+                        await trio.sleep(0.5)
+            assert volume.attachment is not None
+            if not volume.attachment.was_clean:
+                model.lost(holder=True)
+            issued = world.history.event()
+            with trio.fail_after(DEADLINE_S):
+                await completion(volume.flush)
+                for first in range(0, model.sectors, CHUNK // SECTOR):
+                    count = min(CHUNK // SECTOR, model.sectors - first)
+                    data = await read_bytes(volume, first * SECTOR, count * SECTOR)
+                    model.check(first, data, issued)
+                while volume.converging:
+                    await trio.sleep(0.1)
+            await volume.close()
+            world.history.say("-", f"{name} is as it should be")
+    await world.check_replicas()

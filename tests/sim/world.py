@@ -1,0 +1,323 @@
+"""A whole cluster in one trio run: daemons, etcd, network and disks, all by one seed."""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, cast
+
+import trio
+
+from fakes.faulty_disk import FaultyDisk
+from sheepfs.core.clustermap import ClusterMap, NodeState
+from sheepfs.core.errors import SheepError
+from sheepfs.core.metadata import Keys
+from sheepfs.net import link, router
+from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, Threads
+from sim.network import SimHost, SimNetwork
+from storaged.daemon import Daemon, Machine, Options
+from storaged.store.disk import Disk
+from storaged.store.objects import ObjectStore
+
+CLUSTER = "sim"
+PORT = 7000
+DEADLINE_S = 300.0
+POLL_S = 0.1
+RESTART_S = 0.3
+
+
+class History:
+    """What happened, one line for each event, for whoever looks into a failing seed."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._events = count(1)
+
+    def event(self) -> int:
+        """Give the number of the next event."""
+        return next(self._events)
+
+    def say(self, who: str, what: str) -> None:
+        """Add a line."""
+        self.lines.append(f"{trio.current_time():10.4f} {who:8} {what}")
+
+
+class HistoryLog(logging.Handler):
+    """Puts the programs' own log lines into the history."""
+
+    def __init__(self, history: History) -> None:
+        super().__init__(logging.INFO)
+        self._history = history
+
+    def emit(self, record: logging.LogRecord) -> None:
+        host = HOST.get()
+        name = host.name if host else "-"
+        self._history.say(name, f"  {record.levelname} {record.name}: {record.getMessage()}")
+
+
+class SimNode:
+    """A storage daemon and its machine."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world = world
+        self.name = f"n{number}"
+        self.host = world.network.host(self.name)
+        self.disk = FaultyDisk()
+        self.process: ProcessDisk | None = None
+        self.is_up = False
+        self.kept_down = 0
+        """Faults that keep the service manager from starting it."""
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._options = Options(
+            Path("/sim"), "etcd", CLUSTER, f"{self.name}:{PORT}", f"{self.name}:{PORT}",
+            self.name, 1.0, world.pg_count,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Start the daemon."""
+        assert not self.is_up
+        self.is_up = True
+        self.host.live()
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self.process = ProcessDisk(self.disk, self._scope.cancel, lambda: self.world.pages_lost())
+        machine = Machine(
+            self.host, lambda _: self.world.etcd_client(self.host), cast(Disk, self.process)
+        )
+        self._daemon = Daemon(self._options, machine)
+        self.world.nursery.start_soon(self._run, self._daemon, self.process)
+
+    async def _run(self, daemon: Daemon, process: ProcessDisk) -> None:
+        HOST.set(self.host)
+        world = self.world
+        try:
+            with self._scope:
+                await daemon.run(lambda line: None)
+        except (SheepError, KilledError, OSError) as error:
+            world.history.say(self.name, f"ended: {error!r}")
+        except BaseExceptionGroup as group:
+            _, other = group.split((SheepError, KilledError, OSError))
+            if other is not None:
+                raise
+            world.history.say(self.name, f"ended: {group!r}")
+        finally:
+            process.alive = False
+            self.host.die(silent=False)
+            self.is_up = False
+            self._ended.set()
+
+    async def supervise(self) -> None:
+        """Start the daemon again when it has ended, as its service manager does."""
+        while True:
+            await self._ended.wait()
+            while self.kept_down or not self._ended.is_set():
+                await trio.sleep(RESTART_S)
+            if not self.is_up:
+                self.world.history.say(self.name, "start")
+                self.start()
+            await trio.sleep(RESTART_S)
+
+    async def stop(self) -> None:
+        """Stop it in order."""
+        self._daemon.stop()
+        await self._ended.wait()
+        self.disk.kill()
+
+    async def ended(self) -> None:
+        """Wait until it has ended by itself."""
+        await self._ended.wait()
+
+    async def kill(self, *, power: bool) -> None:
+        """End it at once, as SIGKILL does, or a power cut."""
+        if self.process is not None:
+            self.process.alive = False
+        self.host.die(silent=power)
+        self._scope.cancel()
+        await self._ended.wait()
+        if power:
+            self.disk.power_cut(self.world.rng)
+        else:
+            self.disk.kill()
+
+
+class World:
+    """See the module."""
+
+    def __init__(self, seed: int, nodes: int = 5) -> None:
+        self.rng = random.Random(seed)
+        self.history = History()
+        rng = self.rng
+        self.pg_count = rng.choice((2, 4, 8))
+        self.network = SimNetwork(random.Random(rng.random()), rng.choice((0.0001, 0.0005, 0.003)))
+        self.threads = Threads(random.Random(rng.random()))
+        self.etcd = SimEtcdServer()
+        self._etcd_rng = random.Random(rng.random())
+        self._node_count = nodes
+        self.nodes: list[SimNode] = []
+        self.clients: dict[str, SimEtcd] = {}
+        self.nursery: trio.Nursery
+        self.problem: AssertionError | None = None
+        self.pages_lost: Callable[[], None] = lambda: None
+        """Told when a node has lost what was not synced, and lives."""
+        self.keys = Keys(CLUSTER)
+
+    def etcd_client(self, host: SimHost) -> SimEtcd:
+        """Give a client of etcd for a program on a host."""
+        client = SimEtcd(self.etcd, host, self._etcd_rng)
+        self.clients[host.name] = client
+        return client
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Have all nodes run; whatever still runs at the end is cancelled."""
+        async with trio.open_nursery() as nursery:
+            self.nursery = nursery
+            nursery.start_soon(self.network.run)
+            self.nodes = [SimNode(self, i + 1) for i in range(self._node_count)]
+            for node in self.nodes:
+                node.start()
+                nursery.start_soon(node.supervise)
+            yield
+            for node in self.nodes:
+                if node.process is not None:
+                    node.process.alive = False
+            nursery.cancel_scope.cancel()
+
+    def map(self) -> ClusterMap | None:
+        """Give the newest map."""
+        found = self.etcd.keys.get(self.keys.map)
+        return None if found is None else ClusterMap.decode(found.value)
+
+    def fail(self, problem: AssertionError) -> None:
+        """End all: the seed has failed."""
+        self.problem = self.problem or problem
+        # Nobody shall wait, shielded, for what is cancelled now.
+        for host in self.network.hosts.values():
+            host.die(silent=True)
+        self.nursery.cancel_scope.cancel()
+
+    def lacks(self) -> str:
+        """Tell what is not as it should be: every node serves, every group has all its copies."""
+        found = self.map()
+        if found is None:
+            return "there is no map"
+        lacks = [f"{node.name} is not up" for node in self.nodes if not node.is_up]
+        lacks += [
+            f"node {node.id} at {node.address} is {node.state}"
+            for node in found.nodes.values()
+            if node.state is not NodeState.ACTIVE
+        ]
+        lacks += [
+            f"group {copies}/{number} is {group}"
+            for copies, groups in found.pools.items()
+            for number, group in enumerate(groups)
+            if len(group.sync) != copies or group.joining
+        ]
+        if len(found.nodes) != self._node_count:
+            lacks.append(f"there are {len(found.nodes)} nodes")
+        return "; ".join(lacks)
+
+    def is_whole(self) -> bool:
+        """Tell whether nothing lacks."""
+        return not self.lacks()
+
+    async def wait_nodes(self) -> None:
+        """Wait until all nodes are in the map."""
+        with trio.fail_after(DEADLINE_S):
+            while (found := self.map()) is None or len(found.nodes) < self._node_count:
+                await trio.sleep(POLL_S)
+
+    async def check_replicas(self) -> None:
+        """End all nodes; all members of each group have the same objects. Raises AssertionError."""
+        found = self.map()
+        assert found is not None
+        stores: dict[int, ObjectStore] = {}
+        for node in self.nodes:
+            node.kept_down += 1
+            await node.kill(power=False)
+            store = ObjectStore.open(Path("/sim"), disk=node.disk)
+            assert store.node_id is not None
+            stores[store.node_id] = store
+        for copies, groups in found.pools.items():
+            for number, group in enumerate(groups):
+                held = {
+                    node: {
+                        info.oid: stores[node].digests(info.oid)
+                        for info in stores[node].list(copies, number, len(groups))
+                    }
+                    for node in group.members
+                }
+                (first, expected), *others = held.items()
+                for other, objects in others:
+                    assert objects.keys() == expected.keys(), (
+                        f"group {copies}/{number}: node {first} has {sorted(expected)},"
+                        f" node {other} has {sorted(objects)}"
+                    )
+                    bad = [oid for oid in objects if objects[oid] != expected[oid]]
+                    assert not bad, f"nodes {first} and {other} differ in {bad}"
+
+    async def wait_whole(self) -> None:
+        """Wait until it is so. Raises AssertionError."""
+        with trio.move_on_after(DEADLINE_S):
+            while not self.is_whole():
+                await trio.sleep(POLL_S)
+            return
+        raise AssertionError(f"not whole after {DEADLINE_S:g} s: {self.lacks()}")
+
+
+@contextmanager
+def determined(world: World, seed: int) -> Iterator[None]:
+    """Take chance, time and threads from the seed, for everything that runs in the block."""
+    rng = random.Random(seed)
+    start = 1_700_000_000.0
+    numbers = count(1)
+    former: list[tuple[Any, str, Any]] = []
+
+    def put(owner: Any, name: str, value: Any) -> None:
+        former.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def made_up() -> uuid.UUID:
+        return uuid.UUID(int=rng.getrandbits(128), version=4)
+
+    def mortal(make: Callable[..., trio.CancelScope]) -> Callable[..., trio.CancelScope]:
+        """What is shielded from cancellation is not shielded from its process's death."""
+
+        def made(*args: Any, **kwargs: Any) -> trio.CancelScope:
+            scope = make(*args, **kwargs)
+            host = HOST.get()
+            if scope.shield and host is not None:
+                host.shields(scope)
+            return scope
+
+        return made
+
+    put(trio, "CancelScope", mortal(trio.CancelScope))
+    put(trio, "move_on_after", mortal(trio.move_on_after))
+    put(trio.to_thread, "run_sync", world.threads.run_sync)
+    put(time, "time", lambda: start + trio.current_time())
+    put(secrets, "token_hex", lambda size=16: rng.randbytes(size).hex())
+    put(secrets, "randbits", rng.getrandbits)
+    put(uuid, "uuid4", made_up)
+    put(link, "uuid4", made_up)
+    put(link, "_numbers", numbers)
+    put(router, "uuid4", made_up)
+    scheduler = trio._core._run
+    put(scheduler, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+    state = scheduler._r.getstate()
+    scheduler._r.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        scheduler._r.setstate(state)
+        for owner, name, value in reversed(former):
+            setattr(owner, name, value)
