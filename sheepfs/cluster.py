@@ -381,7 +381,11 @@ class Cluster:
     async def serve_request(self, vdi: int, request: RequestRecord, told: Progress) -> bool:
         """Do what another asks of the holder; False: the VDI is not held here."""
         volume = self._volumes.get(vdi)
-        if not isinstance(volume, Volume) or volume.attachment is None:
+        if not isinstance(volume, Volume):
+            return False
+        # Its lock is seen before it is attached, and whoever asks would not ask again soon.
+        await volume.settled()
+        if volume.attachment is None:
             return False
         arguments = request.arguments
         try:

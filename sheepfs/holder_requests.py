@@ -36,7 +36,9 @@ ERROR = "error: "
 ANSWER_TIMEOUT_S = 30.0
 RELEASE_S = 2.0
 GIVE_WAY = "give way"
-WAY_TIMEOUT_S = 5
+WAY_TIMEOUT_S = 5.0
+WAY_LEASE_S = 15
+"""The request outlives whoever waits for its answer."""
 PROGRESS_S = 1.0
 
 Progress = Callable[[int, int], None]
@@ -113,7 +115,7 @@ async def make_way(store: Store, keys: Keys, vdi: int) -> bool:
 
     Raises: UnreachableError.
     """
-    lease = await store.grant(WAY_TIMEOUT_S)
+    lease = await store.grant(WAY_LEASE_S)
     try:
         with trio.move_on_after(WAY_TIMEOUT_S):
             await ask(store, keys, vdi, GIVE_WAY, {}, lease)
@@ -123,7 +125,7 @@ async def make_way(store: Store, keys: Keys, vdi: int) -> bool:
     except UnreachableError:
         raise
     except RetryableError:
-        return True  # Let go already.
+        return await store.get(keys.lock(vdi)) is None
     finally:
         with trio.move_on_after(RELEASE_S, shield=True), suppress(SheepError):
             await store.revoke(lease)

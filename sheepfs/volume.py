@@ -139,6 +139,11 @@ class Volume(MapOwner):
         await self._convergence.ended.wait()
         await self.give_back()
 
+    async def settled(self) -> None:
+        """Wait for an attach or detach that is under way."""
+        async with self._attaching:
+            pass
+
     async def give_way(self) -> None:
         """Let another have the VDI, if `level` alone holds it.
 

@@ -104,6 +104,24 @@ async def test_a_vdi_that_is_being_levelled_can_be_deleted(
                 await here.lookup("unwanted.raw")
 
 
+async def test_whoever_is_just_attaching_to_level_a_vdi_gives_way_too(
+    mounted: Mounted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with client(mounted, "dead") as dead:
+        vdi = await make_abandoned(dead, "early.raw")
+    async with client(mounted, "here") as here, client(mounted, "there") as there:
+        fence = there.holding._fence
+
+        async def slow_fence(vdi: int, token: int) -> None:
+            await trio.sleep(0.5)
+            await fence(vdi, token)
+
+        monkeypatch.setattr(there.holding, "_fence", slow_fence)
+        with trio.fail_after(4):
+            async with levelling(there, here, vdi, monkeypatch):
+                await here.delete("early.raw")
+
+
 async def test_who_levels_a_vdi_and_then_uses_it_keeps_it(
     mounted: Mounted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
