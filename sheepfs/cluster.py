@@ -383,8 +383,10 @@ class Cluster:
         volume = self._volumes.get(vdi)
         if not isinstance(volume, Volume):
             return False
-        # Its lock is seen before it is attached, and whoever asks would not ask again soon.
-        await volume.settled()
+        if request.what == GIVE_WAY:
+            # Its lock is seen before it is attached, and whoever asks would not ask again soon.
+            # Nothing else waits: by then another may have done it, and it would be done twice.
+            await volume.settled()
         if volume.attachment is None:
             return False
         arguments = request.arguments
