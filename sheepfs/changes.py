@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from xxhash import xxh3_64_intdigest
 
 from sheepfs.callbacks import Completed
+from sheepfs.core.errors import SheepError
 from sheepfs.core.geometry import layer_of
 from sheepfs.core.wire import Buffer, Header
 from sheepfs.net.link import Link
@@ -38,7 +40,7 @@ class ObjectState:
         self.uneven = False
         """Members are known to differ: nothing may be read before they are level."""
         self.queue: list[Change] = []
-        self.waiters: list[Completed] = []
+        self.waiters: list[Callable[[SheepError | None], None]] = []
 
 
 class Change:

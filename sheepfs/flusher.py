@@ -17,7 +17,7 @@ from typing import NamedTuple
 import trio
 
 from sheepfs.callbacks import Completed, completion
-from sheepfs.core.errors import SheepError, to_errno
+from sheepfs.core.errors import LostWritesError, SheepError, to_errno
 from sheepfs.core.geometry import BLOCK_SIZE, describe_oid, map_object
 from sheepfs.core.wire import FLAG_CREATE, Op
 from sheepfs.replication import Replicator
@@ -157,6 +157,8 @@ class Flusher:
             await self._flush()
         except SheepError as error:
             log.error("%s: flush failed: %s", self._name, error)
+            if isinstance(error, LostWritesError):
+                self._replicator.unflushed.told()
             return to_errno(error)
         return 0
 

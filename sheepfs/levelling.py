@@ -8,7 +8,6 @@ Always holds:
 
 from __future__ import annotations
 
-import errno
 import logging
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ from sheepfs.core.errors import (
     ObjectNotFoundError,
     RetryableError,
     SheepError,
-    to_errno,
 )
 from sheepfs.core.geometry import describe_oid, layer_of
 from sheepfs.core.wire import Op
@@ -54,20 +52,23 @@ class Leveller:
         """Make sure that an object's replicas are equal and its version known.
 
         Raises:
+            ObjectNotFoundError: no replica has it.
             CorruptError: no replica can give it.
         """
         if state.ready:
             return
         finished = trio.Event()
-        outcome: list[int] = []
+        outcome: list[SheepError | None] = []
 
-        def done(code: int) -> None:
-            outcome.append(code)
+        def done(error: SheepError | None) -> None:
+            outcome.append(error)
             finished.set()
 
         state.waiters.append(done)
         self.open_soon(state)
         await finished.wait()
+        if isinstance(outcome[0], ObjectNotFoundError):
+            raise ObjectNotFoundError(f"{describe_oid(state.oid)}: no replica has it")
         if outcome[0]:
             raise CorruptError(f"{describe_oid(state.oid)}: no replica can give it")
 
@@ -78,20 +79,19 @@ class Leveller:
             self._nursery.start_soon(self._open, state)
 
     async def _open(self, state: ObjectState) -> None:
-        code = 0
+        failure: SheepError | None = None
         try:
             while not await self._level(state):
                 with trio.move_on_after(RETRY_S):
                     await self._replicator.router.wait_map()
-        except FencedError as error:
-            self._replicator.fence(str(error))
-            code = errno.EIO
         except SheepError as error:
-            log.error("%s: %s", describe_oid(state.oid), error)
-            code = to_errno(error)
-        if code:
-            self.failed = True
-        self._replicator.opened(state, code)
+            failure = error
+        if isinstance(failure, FencedError):
+            self._replicator.fence(str(failure))
+        elif failure is not None:
+            log.error("%s: %s", describe_oid(state.oid), failure)
+        self.failed = self.failed or failure is not None
+        self._replicator.opened(state, failure)
 
     async def _level(self, state: ObjectState) -> bool:
         """Ask all sync members for the version, mend those that differ; True when all agree."""

@@ -6,6 +6,7 @@ Always holds:
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -15,7 +16,7 @@ import trio
 from sheepfs.callbacks import Completed, completion
 from sheepfs.capture import Begin, Captured, Commit, capture
 from sheepfs.copyonwrite import CopyOnWrite
-from sheepfs.core.errors import FencedError
+from sheepfs.core.errors import FencedError, SheepError
 from sheepfs.core.geometry import (
     MAP_ENTRIES_PER_BLOCK,
     MAX_VDI_SIZE,
@@ -24,12 +25,16 @@ from sheepfs.core.geometry import (
 )
 from sheepfs.core.metadata import VdiRecord
 from sheepfs.core.wire import Op
+from sheepfs.losses import mend_map
 from sheepfs.net.groups import plain_errors
 from sheepfs.replication import Replicator
 from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
 from sheepfs.writing import GATE_POLL_S, MapWriter
 
+log = logging.getLogger(__name__)
+
 PARALLEL_COPIES = 8
+AGAIN_S = 1.0
 
 
 class MapOwner(MapWriter):
@@ -63,15 +68,42 @@ class MapOwner(MapWriter):
             HeldElsewhereError: another mount holds the VDI.
             SheepError: what `begin` or `commit` raised; or the data could not be made durable.
         """
-        async with self._capturing:
+        while True:
             await self._attach()
             await self._convergence.ended.wait()
-            await capture(self, begin, commit)
+            async with self._capturing:
+                if self.attachment is not None and self._convergence.ended.is_set():
+                    await capture(self, begin, commit)
+                    return
 
     def committed(self, record: VdiRecord) -> None:
         """Take the record as it is in etcd now."""
         self.record = record
         self._saved_size = record.size
+
+    async def _mend_losses(self) -> None:
+        """Whenever writes were lost that were not flushed: go on with a map of what is left."""
+        replicator, flusher = self.replicator, self.flusher
+        if replicator is None or flusher is None:
+            return
+        while True:
+            await replicator.unflushed.wait_lost()
+            try:
+                async with self._capturing, flusher.paused():
+                    await self._mend_map(replicator)
+            except SheepError as error:
+                log.error("%s: what is left is not known yet: %s", self.name, error)
+                await trio.sleep(AGAIN_S)
+
+    async def _mend_map(self, replicator: Replicator) -> None:
+        try:
+            await self.hold_changes()
+            losses, maps = replicator.unflushed.losses, self.record.maps
+            gone = await mend_map(self.name, self._map, maps, self.open_layer, replicator)
+            self._allocated -= gone * OBJECT_SIZE
+            replicator.unflushed.mended(losses)
+        finally:
+            self.release_changes()
 
     async def replace_map(self, publish: Callable[[Replicator], Awaitable[VdiRecord]]) -> None:
         """Go on with another map; what only the former one names is gone.
@@ -196,28 +228,31 @@ class MapOwner(MapWriter):
 
         Durability: with the next flush.
         """
-        async with self._capturing:
+        while True:
             await self._attach_with_clear_end()
-            for index in entries:
-                if self._map.get(index) is None:
-                    await self._map.load(index)
-            if self.flusher is None:
-                raise FencedError(f"{self.name} was let go meanwhile")
-            before: dict[int, int] = {}
-            try:
-                await self.hold_changes()
-                for index, layer in entries.items():
-                    old = self._map.get(index) or 0
-                    if old == layer:
-                        continue
-                    before[index] = old
-                    self._map.replace(index, layer)
-                    self._allocated += (bool(layer) - bool(old)) * OBJECT_SIZE
-                self._size = max(self._size, size)
-                self._modified = time.time()
-            finally:
-                self.release_changes()
-            return before
+            async with self._capturing:
+                if self.attachment is not None and self._convergence.end_is_clear.is_set():
+                    return await self._share(entries, size)
+
+    async def _share(self, entries: dict[int, int], size: int) -> dict[int, int]:
+        for index in entries:
+            if self._map.get(index) is None:
+                await self._map.load(index)
+        before: dict[int, int] = {}
+        try:
+            await self.hold_changes()
+            for index, layer in entries.items():
+                old = self._map.get(index) or 0
+                if old == layer:
+                    continue
+                before[index] = old
+                self._map.replace(index, layer)
+                self._allocated += (bool(layer) - bool(old)) * OBJECT_SIZE
+            self._size = max(self._size, size)
+            self._modified = time.time()
+        finally:
+            self.release_changes()
+        return before
 
     async def drop(self, replaced: dict[int, int]) -> None:
         """Let go of what `share` replaced: the map that does not name it is stored."""

@@ -21,7 +21,7 @@ import trio
 from sheepfs.callbacks import Completed, ignore_answer
 from sheepfs.changes import Change, Group, ObjectState
 from sheepfs.core.clustermap import ClusterMap
-from sheepfs.core.errors import Status
+from sheepfs.core.errors import SheepError, Status, to_errno
 from sheepfs.core.geometry import describe_oid, pg_of, pool_of
 from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, Buffer, Header, Op, prepare
 from sheepfs.levelling import Leveller
@@ -73,7 +73,7 @@ class Replicator:
     @property
     def level(self) -> bool:
         """Whether all replicas are equal, as far as the changes of this attach go."""
-        return not self.fenced and not self._leveller.failed
+        return not (self.fenced or self._leveller.failed or self.unflushed.losses)
 
     def close(self) -> None:
         """Forget the router; changes still under way fail with EIO."""
@@ -156,6 +156,11 @@ class Replicator:
         """Members may differ: the object is levelled before it is used again."""
         state.ready = False
         state.uneven = True
+
+    def distrust_all(self) -> None:
+        """Nothing is known of any object any more."""
+        for state in self.objects.values():
+            self.distrust(state)
 
     def _submit(self, change: Change) -> None:
         state = change.state
@@ -361,6 +366,7 @@ class Replicator:
         """Make sure that an object's replicas are equal and its version known.
 
         Raises:
+            ObjectNotFoundError: no replica has it.
             CorruptError: no replica can give it.
         """
         await self._leveller.open(state)
@@ -374,22 +380,22 @@ class Replicator:
         state.queue[:0] = again
         self._leveller.open_soon(state)
 
-    def opened(self, state: ObjectState, code: int) -> None:
-        """An object is open, or cannot be (errno `code`): carry out or fail what waits for it."""
+    def opened(self, state: ObjectState, failure: SheepError | None) -> None:
+        """An object is open, or cannot be: carry out or fail what waits for it."""
         state.opening = False
-        state.ready = not code
+        state.ready = failure is None
         queue, state.queue = state.queue, []
         waiters, state.waiters = state.waiters, []
         for waiter in waiters:
-            waiter(code)
+            waiter(failure)
         for change in queue:
-            if code:
-                change.done(code)
+            if failure is not None:
+                change.done(to_errno(failure))
             elif state.ready:
                 self._submit(change)
             else:
                 state.queue.append(change)
-        if code:
+        if failure is not None:
             self.objects.pop(state.oid, None)
 
     def fields(self, oid: int) -> dict[str, int]:

@@ -3,7 +3,8 @@
 Always holds:
 - A group is in `groups` from the completion of a change until a flush that began later has
   succeeded on all its members: a flush covers exactly what was complete before it (I1).
-- If every member that had accepted unflushed changes is lost at once, the next flush says so.
+- If every member that had accepted unflushed changes is lost at once, the next flush says so, and
+  none succeeds before the map names what is left (sheepfs.losses).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import trio
 
 from sheepfs.changes import Group
 from sheepfs.core.clustermap import ClusterMap
-from sheepfs.core.errors import CorruptError, FencedError, Status
+from sheepfs.core.errors import FencedError, LostWritesError, Status
 from sheepfs.core.wire import Header, Op
 from sheepfs.net.link import Link, describe, next_request
 
@@ -36,13 +37,16 @@ class Unflushed:
     Attributes:
         groups: groups with complete changes that were not flushed.
         layers: layers of their objects; `ALL_LAYERS` stands for any.
-        lost: every member that had accepted unflushed changes was lost: they may be gone.
+        losses: how often every member that had accepted unflushed changes of a group was lost.
     """
 
     def __init__(self, replicator: Replicator) -> None:
         self.groups: set[Group] = set()
         self.layers: set[int] = set()
-        self.lost = False
+        self.losses = 0
+        self._mended = 0
+        self._told = 0
+        self._lost = trio.Event()
         self._replicator = replicator
         self._flushing: set[Group] = set()
 
@@ -67,7 +71,26 @@ class Unflushed:
                     "VDI %d: group %d of pool %d lost every member with unflushed writes",
                     self._replicator.vdi, pg, pool,
                 )  # fmt: skip
-                self.lost = True
+                self.losses += 1
+                self._lost.set()
+
+    async def wait_lost(self) -> None:
+        """Wait until writes may have been lost, and the map be mended."""
+        while self.losses == self._mended:
+            self._lost = trio.Event()
+            await self._lost.wait()
+
+    def mended(self, losses: int) -> None:
+        """The map names only what is left after so many losses."""
+        self._mended = losses
+
+    def told(self) -> None:
+        """Whoever flushes has learnt of all losses so far, or the next one will."""
+        self._told = self.losses
+
+    @property
+    def _intact(self) -> bool:
+        return self.losses == self._mended == self._told
 
     async def make_durable(self) -> None:
         """Flush on every member of every group changed since the last time.
@@ -77,7 +100,7 @@ class Unflushed:
 
         Raises:
             FencedError: another holder took over.
-            CorruptError: unflushed changes may have been lost with the nodes that had them.
+            LostWritesError: unflushed changes may have been lost with the nodes that had them.
         """
         router = self._replicator.router
         self._flushing, self.groups = self.groups, set()
@@ -124,9 +147,8 @@ class Unflushed:
         vdi = self._replicator.vdi
         if self._replicator.fenced:
             raise FencedError(f"VDI {vdi} was taken over by another holder")
-        if self.lost:
-            self.lost = False
-            raise CorruptError(f"VDI {vdi}: unflushed writes were lost with their nodes")
+        if not self._intact:
+            raise LostWritesError(f"VDI {vdi}: unflushed writes were lost with their nodes")
 
     def flush_directly(self, done: Callable[[bool], None]) -> bool:
         """Start what `make_durable` does, without a task; only while no other flush runs.
@@ -135,7 +157,7 @@ class Unflushed:
             False: it is not that simple now; nothing was started. Else `done` is called once,
             with False if `make_durable` must do it after all.
         """
-        if not self.groups or self._replicator.fenced or self.lost:
+        if not self.groups or self._replicator.fenced or not self._intact:
             return False
         router = self._replicator.router
         epoch = router.map.epoch
@@ -144,7 +166,7 @@ class Unflushed:
         def flushed(good: bool) -> None:
             self._flushing = set()
             now = router.map.pools
-            if self.lost or any(now[pool][pg].changed > epoch for pool, pg in taken):
+            if not self._intact or any(now[pool][pg].changed > epoch for pool, pg in taken):
                 good = False
             if not good:
                 self.groups |= taken

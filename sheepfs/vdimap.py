@@ -141,6 +141,31 @@ class VdiMap:
             pages[number] = format_page(page)
         return pages
 
+    async def lost(self, existing: int) -> dict[int, tuple[int, int]]:
+        """Take back what is not stored of which map objects exist.
+
+        Args:
+            existing: bit i is set when map object i was made durable.
+
+        Returns:
+            index -> (owner here, owner as stored), wherever they differ; nothing is being created.
+
+        Raises:
+            SheepError: the stored map cannot be read.
+        """
+        stored = VdiMap(existing, self.load_range)
+        changed = {}
+        for number in sorted(self._dirty):
+            base = number * MAP_ENTRIES_PER_BLOCK
+            await stored.load(base)
+            for entry, pair in enumerate(
+                zip(self.pages[number], stored.pages[number], strict=True)
+            ):
+                if pair[0] != pair[1]:
+                    changed[base + entry] = pair
+        self.existing = existing
+        return changed
+
     def give_back(self, numbers: set[int]) -> None:
         """Storing these pages failed: they are still dirty."""
         self._dirty |= numbers

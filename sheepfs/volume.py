@@ -78,6 +78,7 @@ class Volume(MapOwner):
         self._map_read = 0.0
         self._attaching = trio.Lock()
         self._capturing = trio.Lock()
+        self._saving = trio.Lock()
         self._scope: trio.CancelScope | None = None
         self._borrowed = False
         """Attached for a moment only, by `borrow`."""
@@ -204,6 +205,7 @@ class Volume(MapOwner):
                 self._scope,
                 self.replicator.run,
                 self.flusher.run,
+                self._mend_losses,
                 self._measure_now_and_then,
                 self._reclaim_now_and_then,
             )
@@ -258,7 +260,8 @@ class Volume(MapOwner):
             replicator.close()
             self._reader.token = 0
             flusher.fail_waiting()
-            self.record = dataclasses.replace(self._current_record(), layer=self.open_layer, next=0)
+            record = self._current_record(durable=problem is None)
+            self.record = dataclasses.replace(record, layer=self.open_layer, next=0)
             self._map = VdiMap(self.record.maps, self._load_map)
             clean = problem is None and replicator.level and not self._convergence.pending
             await self._attacher.detach(attachment, self.record, clean=clean, dropped=dropped)
@@ -280,11 +283,12 @@ class Volume(MapOwner):
             log.info("%s: removing %d objects that the map never named", self.name, len(orphans))
             flusher.discarded = {**orphans, **flusher.discarded}
 
-    def _current_record(self) -> VdiRecord:
+    def _current_record(self, *, durable: bool) -> VdiRecord:
+        """Give the record as it is now; `durable`: all map objects are, as of the last flush."""
         return dataclasses.replace(
             self.record,
             size=self._size,
-            maps=self._map.existing,
+            maps=self._map.existing if durable else self.record.maps,
             allocated=max(self._allocated, 0),
             modified=self._modified,
         )
@@ -399,8 +403,9 @@ class Volume(MapOwner):
 
     async def _load_map(self, map_index: int, offset: int, length: int) -> bytes:
         oid = map_object(self.record.map, map_index)
-        if self._convergence.pending and self.replicator is not None:
-            await self.replicator.open(self.replicator.state(oid))
+        opening = self._to_open(oid)
+        if opening is not None:
+            await opening()
         return await self._reader.fetch(oid, offset, length)
 
     # -- holes ------------------------------------------------------------------------------
@@ -475,14 +480,15 @@ class Volume(MapOwner):
 
     async def _save_if_changed(self) -> None:
         if not self._is_saved():
-            await self._save()
+            await self._save(durable=True)
 
-    async def _save(self) -> None:
-        if self.attachment is not None:
-            record = self._current_record()
-            await self._attacher.save(self.attachment, record)
-            self.record = record
-            self._saved_size = record.size
+    async def _save(self, *, durable: bool) -> None:
+        async with self._saving:
+            if self.attachment is not None:
+                record = self._current_record(durable=durable)
+                await self._attacher.save(self.attachment, record)
+                self.record = record
+                self._saved_size = record.size
 
 
 async def _run_all(scope: trio.CancelScope, *tasks: Callable[[], Awaitable[None]]) -> None:

@@ -77,8 +77,8 @@ class MapWriter(MapReader):
         """Become the one writer (HeldElsewhereError)."""
         raise NotImplementedError
 
-    async def _save(self) -> None:
-        """Keep the size in etcd."""
+    async def _save(self, *, durable: bool) -> None:
+        """Keep the size in etcd; if they are `durable`, also which map objects there are."""
         raise NotImplementedError
 
     # -- writes -----------------------------------------------------------------------------
@@ -317,7 +317,7 @@ class MapWriter(MapReader):
             # The size is saved behind the holes: nobody may find the former bytes beyond it.
             await completion(self.flusher.flush)
         else:
-            await self._save()
+            await self._save(durable=False)
 
     # -- the gate ---------------------------------------------------------------------------
 

@@ -113,6 +113,10 @@ class ObjectNotFoundError(TerminalError):
     status = Status.NOT_FOUND
 
 
+class LostWritesError(TerminalError):
+    """What was written and not yet flushed may be gone: every node that had it was lost."""
+
+
 class CorruptError(TerminalError):
     """A checksum does not match. `blocks` are the numbers of the bad blocks of the object."""
 

@@ -99,17 +99,24 @@ class SimClient:
         assert volume.attachment is not None
         was_clean = volume.attachment.was_clean
         self.say(f"{name} attached, {'clean' if was_clean else 'unclean'}")
-        if not was_clean:
-            model.lost(holder=True)
+        model.held_by(volume, was_clean=was_clean)
         try:
             await self._operate(volume, model, name, count)
         finally:
             with trio.CancelScope(shield=True):
-                try:
-                    await volume.close()
-                    self.say(f"{name} closed")
-                except SheepError as error:
-                    self.say(f"{name} closed with {error}")
+                await self._close(volume, model, name)
+
+    async def _close(self, volume: Volume, model: Model, name: str) -> None:
+        fenced = volume.replicator is not None and volume.replicator.fenced
+        in_order = False
+        try:
+            await volume.close()
+            in_order = not fenced
+            self.say(f"{name} closed{', fenced' if fenced else ''}")
+        except SheepError as error:
+            self.say(f"{name} closed with {error}")
+        finally:
+            model.let_go(volume, in_order=in_order)
 
     async def _operate(self, volume: Volume, model: Model, name: str, count: int) -> None:
         """Do so many operations, several at a time; the first error ends it."""

@@ -156,6 +156,7 @@ class Volume:
         self.sectors = sectors
         self.registers: dict[int, Register] = {}
         self._dirty: dict[int, None] = {}
+        self._holder: object = None
         self._wide: list[tuple[int, int, Write]] = []
         """Punches of so much that a register is made only for what is written, too."""
 
@@ -203,6 +204,23 @@ class Volume:
         """See Register."""
         for sector in self._dirty:
             self.registers[sector].lost(holder=holder)
+
+    def held_by(self, holder: object, *, was_clean: bool) -> None:
+        """Somebody attached; whoever held it until now has not let go, if that is not noted.
+
+        Mounts level the VDI of a holder that died: it may be clean again, and began with what
+        was durable.
+        """
+        if not was_clean or self._holder is not None:
+            self.lost(holder=True)
+        self._holder = holder
+
+    def let_go(self, holder: object, *, in_order: bool) -> None:
+        """The holder has ended; `in_order`: it has flushed all."""
+        if self._holder is holder:
+            self._holder = None
+            if not in_order:
+                self.lost(holder=True)
 
     def check(self, first: int, data: bytes, issued: int) -> None:
         """Check what a read that was issued at that event gave. Raises AssertionError."""

@@ -157,8 +157,7 @@ async def _check(world: World, models: dict[str, Model]) -> None:
                     except HeldElsewhereError:
                         await trio.sleep(0.5)
             assert volume.attachment is not None
-            if not volume.attachment.was_clean:
-                model.lost(holder=True)
+            model.held_by(volume, was_clean=volume.attachment.was_clean)
             issued = world.history.event()
             with trio.fail_after(DEADLINE_S):
                 await completion(volume.flush)

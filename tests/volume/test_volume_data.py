@@ -202,9 +202,11 @@ async def test_lost_writes_are_told_to_the_next_flush_also_when_none_waited_for_
         await here.flush()
         replicator = here.volume.replicator
         assert replicator is not None
-        replicator.unflushed.lost = True
+        unflushed = replicator.unflushed
+        unflushed.losses += 1
+        unflushed._lost.set()
         await here.write(0, B)
-        await wait_until(lambda: not replicator.unflushed.lost)
+        await wait_until(lambda: unflushed._intact)
         with pytest.raises(OperationError, match="EIO"):
             await here.flush()
         await here.flush()

@@ -1,0 +1,225 @@
+"""When every copy of what was not flushed is lost, and the holder lives (sheepfs.losses)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from fakes.static_cluster import StaticCluster, static_cluster
+from fakes.static_mount import LAYER, StaticMount, StaticRecord
+from fakes.waiting import wait_until
+from sheepfs.callbacks import OperationError
+from sheepfs.core.errors import SheepError
+from sheepfs.core.geometry import MAP_ENTRIES_PER_OBJECT, OBJECT_SIZE, data_object, map_object
+from storaged.store.objects import ObjectStore
+
+BLOCK = 4096
+A, B, C = b"a" * BLOCK, b"b" * BLOCK, b"c" * BLOCK
+
+
+async def lose_power(cluster: StaticCluster, mount: StaticMount, *oids: int) -> None:
+    """All nodes start anew, and these objects, which were not flushed, have left no trace."""
+    for node in cluster.nodes.values():
+        node.clean = False
+        node.stop()
+    for node in cluster.nodes.values():
+        await node._ended.wait()
+        store = ObjectStore.open(node.path, cluster=cluster.uuid, reserve_bytes=0)
+        for oid in oids:
+            if store.get(oid) is not None:
+                store.delete(oid)
+        store.close(clean=True)
+    for node in cluster.nodes.values():
+        await node.start()
+    cluster.publish([2], [1, 3])
+    await wait_until(lambda: mount.router.map.epoch >= cluster.map.epoch)
+
+
+async def has_mended(mount: StaticMount) -> None:
+    """Flush until it succeeds; the first one must tell of the loss."""
+    with pytest.raises(OperationError, match="EIO"):
+        await mount.flush()
+    with trio.fail_after(10):
+        while True:
+            try:
+                await mount.flush()
+                return
+            except OperationError:
+                await trio.sleep(0.01)
+
+
+async def mount_of(cluster: StaticCluster, etcd: StaticRecord) -> StaticMount:
+    mount = StaticMount(cluster, etcd)
+    await mount.start()
+    return mount
+
+
+async def test_an_object_that_is_gone_is_a_hole_again_and_can_be_made_anew(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        here = await mount_of(cluster, etcd)
+        await here.write(0, A)
+        await here.flush()
+        await here.write(OBJECT_SIZE, B)
+        await lose_power(cluster, here, data_object(LAYER, 1))
+        await has_mended(here)
+        assert await here.read(0, BLOCK) == A
+        assert await here.read(OBJECT_SIZE, BLOCK) == bytes(BLOCK)
+        await here.write(OBJECT_SIZE, C)
+        await here.flush()
+        await here.volume.detach()
+        there = await mount_of(cluster, etcd)
+        await there.volume.attach()
+        assert await there.read(0, BLOCK) == A
+        assert await there.read(OBJECT_SIZE, BLOCK) == C
+
+
+async def test_a_vdi_whose_writes_were_lost_is_compared_by_its_next_holder(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        here = await mount_of(cluster, etcd)
+        await here.write(0, A)
+        await lose_power(cluster, here)
+        await has_mended(here)
+        await here.volume.detach()
+        assert not etcd.record.clean
+
+
+async def test_what_only_seemed_lost_stays(tmp_path: Path) -> None:
+    """All daemons were started anew at the same time: their files are as they were."""
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        here = await mount_of(cluster, etcd)
+        await here.write(0, A)
+        await here.flush()
+        await here.write(0, B)
+        await here.write(OBJECT_SIZE, C)
+        await lose_power(cluster, here)
+        await has_mended(here)
+        assert await here.read(0, BLOCK) == B
+        assert await here.read(OBJECT_SIZE, BLOCK) == C
+        await here.volume.detach()
+        there = await mount_of(cluster, etcd)
+        await there.volume.attach()
+        assert await there.read(OBJECT_SIZE, BLOCK) == C
+
+
+async def test_a_copy_that_is_gone_leaves_the_frozen_object(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        here = await mount_of(cluster, etcd)
+        await here.write(0, A)
+        await here.snapshot()
+        await here.write(0, B)
+        assert here.volume.open_layer != LAYER
+        await lose_power(cluster, here, data_object(here.volume.open_layer, 0))
+        await has_mended(here)
+        assert await here.read(0, BLOCK) == A
+        await here.write(BLOCK, C)
+        await here.flush()
+        assert await here.read(0, 2 * BLOCK) == A + C
+
+
+async def test_a_map_object_that_is_gone_is_not_named_any_more(tmp_path: Path) -> None:
+    index = MAP_ENTRIES_PER_OBJECT + 3
+    gone = data_object(LAYER, index), map_object(LAYER, 1)
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord((index + 1) * OBJECT_SIZE)
+        here = await mount_of(cluster, etcd)
+        await here.write(0, A)
+        await here.flush()
+        await here.write(index * OBJECT_SIZE, B)
+        flusher, replicator = here.volume.flusher, here.volume.replicator
+        assert flusher is not None
+        assert replicator is not None
+        make_durable = replicator.unflushed.make_durable
+        flushes = 0
+
+        async def stored_and_not_durable() -> None:
+            nonlocal flushes
+            flushes += 1
+            if flushes == 2:
+                # The map is stored now, and in the page cache only.
+                await lose_power(cluster, here, *gone)
+            await make_durable()
+
+        replicator.unflushed.make_durable = stored_and_not_durable  # type: ignore[method-assign]
+        await has_mended(here)
+        assert await here.read(index * OBJECT_SIZE, BLOCK) == bytes(BLOCK)
+        await here.write(index * OBJECT_SIZE, C)
+        await here.flush()
+        assert etcd.record.maps == 3
+        await here.volume.detach()
+        there = await mount_of(cluster, etcd)
+        await there.volume.attach()
+        assert await there.read(index * OBJECT_SIZE, BLOCK) == C
+
+
+async def test_a_snapshot_that_meets_the_loss_does_not_hide_it_from_the_next_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        here = await mount_of(cluster, StaticRecord())
+        await here.write(0, A)
+        await here.flush()
+        await here.write(OBJECT_SIZE, B)
+        hold_changes = here.volume.hold_changes
+
+        async def lost_meanwhile() -> None:
+            monkeypatch.undo()
+            await here.write(OBJECT_SIZE, C)
+            await hold_changes()
+            await lose_power(cluster, here)
+
+        monkeypatch.setattr(here.volume, "hold_changes", lost_meanwhile)
+        with pytest.raises(SheepError):
+            await here.snapshot()
+        await has_mended(here)
+
+
+async def test_growing_a_vdi_names_no_map_object_that_is_not_durable(tmp_path: Path) -> None:
+    index = MAP_ENTRIES_PER_OBJECT
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord((index + 1) * OBJECT_SIZE)
+        here = await mount_of(cluster, etcd)
+        await here.write(index * OBJECT_SIZE, A)
+        replicator = here.volume.replicator
+        assert replicator is not None
+        make_durable = replicator.unflushed.make_durable
+        seen: list[int] = []
+
+        async def grown_meanwhile() -> None:
+            if here.volume._map.existing:
+                await here.volume.resize((index + 2) * OBJECT_SIZE)
+                seen.append(etcd.record.maps)
+            await make_durable()
+
+        replicator.unflushed.make_durable = grown_meanwhile  # type: ignore[method-assign]
+        await here.flush()
+        assert seen == [0]
+        assert (etcd.record.maps, etcd.record.size) == (2, (index + 2) * OBJECT_SIZE)
+
+
+async def test_whoever_waits_for_convergence_does_not_keep_the_vdi_from_being_let_go(
+    tmp_path: Path,
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        old = await mount_of(cluster, etcd)
+        await old.write(0, A)
+        await old.flush()
+        await old.end()
+        for node in cluster.nodes.values():
+            node.store.delete(data_object(LAYER, 0))
+        here = await mount_of(cluster, etcd)
+        await here.volume.attach()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(here.snapshot)
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.fail_after(10):
+                await here.volume.detach()
+            nursery.cancel_scope.cancel()
+        assert not etcd.record.clean
