@@ -188,9 +188,10 @@ class SimClient:
         """Read sectors and check them."""
         first, count = self._range(model)
         issued = self.world.history.event()
-        data = await read_bytes(volume, first * SECTOR, count * SECTOR)
-        self.say(f"{name} read {first}+{count}")
-        model.check(first, data, issued)
+        with model.reading():
+            data = await read_bytes(volume, first * SECTOR, count * SECTOR)
+            self.say(f"{name} read {first}+{count}")
+            model.check(first, data, issued)
 
     async def flush(self, volume: Volume, model: Model, name: str) -> None:
         """Make durable."""

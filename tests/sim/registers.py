@@ -9,6 +9,8 @@ flush that succeeded was issued, or any later write; which one it is is known on
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 SECTOR = 512
@@ -157,6 +159,9 @@ class Volume:
         self.registers: dict[int, Register] = {}
         self._dirty: dict[int, None] = {}
         self._holder: object = None
+        self._readers = 0
+        self._past: dict[int, list[tuple[int, Register]]] = {}
+        """Sector -> what it was when flushes were issued, for reads that began before them."""
         self._wide: list[tuple[int, int, Write]] = []
         """Punches of so much that a register is made only for what is written, too."""
 
@@ -191,6 +196,9 @@ class Volume:
         """See Register."""
         for sector in list(self._dirty):
             register = self.registers[sector]
+            if self._readers:
+                former = Register(base=register.base, log=list(register.log))
+                self._past.setdefault(sector, []).append((issued, former))
             register.flushed(issued)
             if not register.log:
                 del self._dirty[sector]
@@ -222,6 +230,17 @@ class Volume:
             if not in_order:
                 self.lost(holder=True)
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside of the block a read is issued, and then what it gave is checked."""
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self._past.clear()
+
     def check(self, first: int, data: bytes, issued: int) -> None:
         """Check what a read that was issued at that event gave. Raises AssertionError."""
         for i in range(len(data) // SECTOR):
@@ -229,6 +248,9 @@ class Volume:
             value = value_of(self.number, sector, data[i * SECTOR : (i + 1) * SECTOR])
             register = self.registers.get(sector)
             legal = {ZEROS} if register is None else register.in_force(issued)
+            for flush, former in self._past.get(sector, ()):
+                if issued < flush:
+                    legal |= former.in_force(issued)
             if value not in legal:
                 raise AssertionError(
                     f"volume {self.number} sector {sector} (block {sector // 8}, object"

@@ -99,6 +99,19 @@ def test_what_was_read_after_a_loss_stays() -> None:
         volume.check(3, bytes(SECTOR), 7)
 
 
+def test_a_read_that_takes_long_may_give_what_was_there_when_it_began() -> None:
+    volume = Volume(1, 16)
+    with volume.reading():
+        volume.begin(3, 1, 7, 2).completed = 3
+        volume.flushed(4)
+        volume.check(3, bytes(SECTOR), 1)
+        volume.check(3, stamp(1, 3, 7), 1)
+        with pytest.raises(AssertionError, match="reads 0"):
+            volume.check(3, bytes(SECTOR), 5)
+    with pytest.raises(AssertionError, match="reads 0"):
+        volume.check(3, bytes(SECTOR), 1)
+
+
 def test_a_sector_of_elsewhere_or_a_torn_one_is_none() -> None:
     assert value_of(1, 3, stamp(1, 3, 7)) == 7
     for data in (stamp(1, 4, 7), stamp(2, 3, 7), stamp(1, 3, 7)[:256] + stamp(1, 3, 8)[256:]):
