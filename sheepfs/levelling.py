@@ -4,6 +4,8 @@ Always holds:
 - All `sync` members are asked for the version; those that differ are levelled with one of them
   before the object counts as open.
 - Members that join have no say, and are levelled too where members are known to differ.
+- A copy that cannot be read as a whole is no source (I11). Any other sync member's is a good one:
+  what they differ in was not acknowledged.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ class Leveller:
     async def _open(self, state: ObjectState) -> None:
         failure: SheepError | None = None
         try:
-            while not await self._level(state):
+            damaged: set[int] = set()
+            while not await self._level(state, damaged):
                 with trio.move_on_after(RETRY_S):
                     await self._replicator.router.wait_map()
         except SheepError as error:
@@ -93,8 +96,12 @@ class Leveller:
         self.failed = self.failed or failure is not None
         self._replicator.opened(state, failure)
 
-    async def _level(self, state: ObjectState) -> bool:
-        """Ask all sync members for the version, mend those that differ; True when all agree."""
+    async def _level(self, state: ObjectState, damaged: set[int]) -> bool:
+        """Ask all sync members for the version, mend those that differ; True when all agree.
+
+        Args:
+            damaged: nodes whose copy turned out not to be readable; may become more.
+        """
         router = self._replicator.router
         cluster_map = router.map
         pool, pg = state.group
@@ -115,6 +122,10 @@ class Leveller:
         copies = {node: copy for node, copy in found.items() if copy is not None}
         if not copies:
             raise ObjectNotFoundError("the map names it, and no replica has it")
+        if len(set(found.values())) > 1:
+            copies = {node: copy for node, copy in copies.items() if node not in damaged}
+            if not copies:
+                raise CorruptError("replicas differ, and all are damaged")
         best = (min if state.oldest else max)(copies.values())
         behind = [node for node in found if found[node] != best]
         source = next(node for node in copies if copies[node] == best)
@@ -122,7 +133,7 @@ class Leveller:
             if state.uneven:
                 # Members that join have no say, and may be what is ahead.
                 for node in group.joining:
-                    await self._repair(node, state.oid, source)
+                    await self._repair(node, state.oid, source, damaged)
             state.version = best[0]
             state.oldest = state.uneven = False
             return True
@@ -131,7 +142,7 @@ class Leveller:
             describe_oid(state.oid), ", ".join(map(str, behind)), source,
         )  # fmt: skip
         for node in behind:
-            await self._repair(node, state.oid, source)
+            await self._repair(node, state.oid, source, damaged)
         # What was copied is in the page cache of these nodes, and what it was copied from too.
         self._replicator.unflushed.groups.add(state.group)
         self._replicator.unflushed.layers.add(layer_of(state.oid))
@@ -157,8 +168,8 @@ class Leveller:
         except SheepError as error:
             refused.append(error)
 
-    async def _repair(self, node: int, oid: int, source: int) -> None:
-        """Ask a node to level its copy with `source`; best effort."""
+    async def _repair(self, node: int, oid: int, source: int, damaged: set[int]) -> None:
+        """Ask a node to level its copy with `source`, which may turn out damaged; best effort."""
         link = self._replicator.router.link(node)
         if link is None:
             return
@@ -170,5 +181,8 @@ class Leveller:
                 timeout_s=REPAIR_TIMEOUT_S,
                 **self._replicator.fields(oid),
             )
+        except CorruptError as error:
+            log.error("%s at node %d: %s", describe_oid(oid), source, error)
+            damaged.add(source)
         except SheepError as error:
             log.info("repair of %s at node %d: %s", describe_oid(oid), node, error)

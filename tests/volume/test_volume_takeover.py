@@ -66,6 +66,42 @@ async def test_a_holder_that_left_before_it_compared_all_leaves_that_to_the_next
         assert on_disk(cluster) == {b"b" * BLOCK}
 
 
+def damage(cluster: StaticCluster, node: int) -> None:
+    path = next(cluster.nodes[node].path.glob(f"objects/*/*/{OID:016x}"))
+    with path.open("r+b") as file:
+        file.write(b"X")
+
+
+async def test_a_damaged_copy_is_levelled_with_a_good_one_although_it_is_newer(
+    tmp_path: Path,
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        await leave_differing(cluster, etcd)
+        damage(cluster, 2)
+        mount = StaticMount(cluster, etcd)
+        await mount.start()
+        await mount.volume.attach()
+        assert await mount.read(OBJECT_SIZE, BLOCK) == b"a" * BLOCK
+        await wait_until(lambda: not mount.volume.converging)
+        assert on_disk(cluster) == {b"a" * BLOCK}
+
+
+async def test_where_all_copies_differ_and_are_damaged_a_read_ends_with_an_error(
+    tmp_path: Path,
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        await leave_differing(cluster, etcd)
+        for node in cluster.nodes:
+            damage(cluster, node)
+        mount = StaticMount(cluster, etcd)
+        await mount.start()
+        await mount.volume.attach()
+        with pytest.raises(OSError, match="Errno 5"):
+            await mount.read(OBJECT_SIZE, BLOCK)
+
+
 @pytest.mark.parametrize("differing", [False, True])
 async def test_the_first_flush_covers_what_the_former_holder_wrote(
     tmp_path: Path, differing: bool
