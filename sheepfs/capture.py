@@ -20,8 +20,8 @@ import trio
 
 from sheepfs.callbacks import OperationError, completion
 from sheepfs.changes import ObjectState
-from sheepfs.core.errors import FencedError
-from sheepfs.core.geometry import map_object
+from sheepfs.core.errors import CorruptError, FencedError
+from sheepfs.core.geometry import describe_oid, map_object
 from sheepfs.core.wire import Buffer, Op
 from sheepfs.net.groups import plain_errors
 from sheepfs.replication import Replicator
@@ -43,6 +43,8 @@ class Captured:
     layer: int
     """The VDI's open layer from then on."""
 
+
+COPY_TRIES = 5
 
 Begin = Callable[[int], Awaitable[tuple[int, int]]]
 """`await begin(open layer)`: (next open layer, layer id for the map's copy; 0: no copy)."""
@@ -106,6 +108,7 @@ async def copy_in_place(
     Raises:
         SheepError: no replica can give the base; or no space.
     """
+    tries: dict[int, int] = {}
     while True:
         base_state = replicator.state(base)
         await replicator.open(base_state)
@@ -118,6 +121,10 @@ async def copy_in_place(
         except OperationError as error:
             if error.errno != errno.ESTALE:
                 raise
+            # A member whose copy is damaged repairs it; where none can, the version stays.
+            tries[base_state.version] = tries.get(base_state.version, 0) + 1
+            if tries[base_state.version] == COPY_TRIES:
+                raise CorruptError(f"{describe_oid(base)}: no replica can copy it") from error
             replicator.distrust(base_state)
             continue
         return

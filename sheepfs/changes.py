@@ -48,11 +48,12 @@ class Change:
 
     Attributes:
         base: what the object is made a copy of (`FLAG_COPY`), open; else None.
+        damaged: version of the object at which a member's copy was too damaged to be changed; or 0.
     """
 
     __slots__ = (
-        "base", "checksum", "done", "epoch", "flags", "left", "offset", "op", "owner", "payload",
-        "prev", "request", "span", "started", "state", "version",
+        "base", "checksum", "damaged", "done", "epoch", "flags", "left", "offset", "op", "owner",
+        "payload", "prev", "request", "span", "started", "state", "version",
     )  # fmt: skip
 
     def __init__(
@@ -76,7 +77,7 @@ class Change:
         self.checksum = xxh3_64_intdigest(payload) if payload else 0
         self.done = done
         self.base: ObjectState | None = None
-        self.prev = self.version = 0
+        self.prev = self.version = self.damaged = 0
         self.request = self.epoch = self.left = 0
         self.started = 0.0
 

@@ -228,7 +228,14 @@ class Replicator:
             self.park(change)
             if payload:
                 self.router.take_encoded(bytes(payload))
+        elif status == Status.CORRUPT and change.damaged == change.prev and change.base is None:
+            # It was opened again since, and no member had carried the change out: all are damaged.
+            self._take_back(change)
+            self._reopen(change.state)
+            change.done(errno.EIO)
         elif status in _DISAGREE:
+            if status == Status.CORRUPT:
+                change.damaged = change.prev
             if change.base is None and change.op != Op.DELETE:
                 self._reopen(change.state)
             else:

@@ -105,6 +105,8 @@ class Requests:
         self._nursery = nursery
         self._on_disk_error = on_disk_error
         self._held: dict[int, deque[Request]] = {}
+        self._repairing: set[int] = set()
+        """Held objects whose damage is being repaired from a peer."""
         self._freed: set[int] = set()
         """Objects whose heirs have their own copies, about to be deleted."""
         self._released: dict[int, trio.Event] = {}
@@ -137,6 +139,10 @@ class Requests:
         """Carry out one request, now or when its object is free; always ends in one reply."""
         held = self._held.get(header.oid)
         if held is not None and header.op != Op.READ:
+            if header.op == Op.PULL and header.oid in self._repairing:
+                # Two that repair their copies from each other must not wait for each other.
+                client.reply(header, b"this copy is damaged, too", Status.CORRUPT)
+                return
             self._queue(held, client, header, payload)
             return
         try:
@@ -234,6 +240,7 @@ class Requests:
         self.counters.corrupt_blocks += len(error.blocks)
         log.error("%s: %s; repairing it from a peer", describe_oid(oid), error)
         self.hold(oid)
+        self._repairing.add(oid)
         self._nursery.start_soon(self._repair_held, oid, header.pool, header.pg)
 
     async def _repair_held(self, oid: int, pool: int, pg: int) -> None:
@@ -241,6 +248,7 @@ class Requests:
             await self._bring_level(oid, pool, pg)
         except SheepError as error:
             log.error("%s: no replica could repair it: %s", describe_oid(oid), error)
+        self._repairing.discard(oid)
         self.release(oid)
 
     async def _bring_level(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:

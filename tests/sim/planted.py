@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sheepfs import changes, levelling
+from sheepfs import changes
+from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.wire import Header
 from storaged import recovery, replica
-from storaged.logic import catchup, gate
+from storaged.logic import catchup, gate, leader
 from storaged.store import dirtylog, flush
 
 Put = Callable[[Any, str, Any], None]
@@ -86,8 +87,18 @@ def delete_strays_unconfirmed(put: Put) -> None:
 
 
 def level_from_the_stale_side(put: Put) -> None:
-    """Where replicas differ, the oldest one wins."""
-    put(levelling, "max", min)
+    """Who comes back first has the say, although its peers wrote without it."""
+
+    def next_group(group: PlacementGroup, *args: Any) -> PlacementGroup:
+        live = args[2].live
+        back = [node for node in (*group.joining, *group.away) if node in live]
+        if back and not any(node in live for node in group.sync):
+            away = [node for node in (*group.sync, *group.away) if node not in back]
+            group = PlacementGroup(group.changed, (back[0],), tuple(back[1:]), tuple(away))
+        return original(group, *args)
+
+    original = leader._next_group
+    put(leader, "_next_group", next_group)
 
 
 PLANTED: dict[str, Callable[[Put], None]] = {

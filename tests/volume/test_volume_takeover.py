@@ -13,6 +13,7 @@ import trio.testing
 from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
+from sheepfs.callbacks import OperationError
 from sheepfs.core.geometry import OBJECT_SIZE, data_object
 from sheepfs.core.wire import Op
 
@@ -233,3 +234,44 @@ async def test_what_no_map_names_is_gone_when_a_vdi_was_only_levelled(tmp_path: 
         await mount.volume.level()
         assert etcd.record.clean
         assert [node.store.get(OID) for node in cluster.nodes.values()] == [None] * 3
+
+
+@pytest.mark.parametrize("good", [0, 1, 2])
+async def test_part_of_a_damaged_block_is_changed_if_a_member_has_a_good_one(
+    tmp_path: Path, good: int
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        mount = StaticMount(cluster, StaticRecord())
+        await mount.start()
+        await mount.write(OBJECT_SIZE, b"a" * BLOCK)
+        await mount.flush()
+        for node in range(good + 1, 4):
+            damage(cluster, node)
+        if good:
+            await mount.write(OBJECT_SIZE + 1, b"b")
+            assert on_disk(cluster) == {b"ab".ljust(BLOCK, b"a")}
+            return
+        with pytest.raises(OperationError, match="EIO"):
+            await mount.write(OBJECT_SIZE + 1, b"b")
+        await mount.write(OBJECT_SIZE, b"c" * BLOCK)
+        await mount.write(OBJECT_SIZE + 1, b"d")
+        assert on_disk(cluster) == {b"cd".ljust(BLOCK, b"c")}
+
+
+@pytest.mark.parametrize("good", [0, 1])
+async def test_a_damaged_object_is_copied_if_a_member_has_a_good_one(
+    tmp_path: Path, good: int
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        mount = StaticMount(cluster, StaticRecord())
+        await mount.start()
+        await mount.write(OBJECT_SIZE, b"a" * BLOCK)
+        await mount.snapshot()
+        for node in range(good + 1, 4):
+            damage(cluster, node)
+        if good:
+            await mount.write(OBJECT_SIZE + 1, b"b")
+            assert await mount.read(OBJECT_SIZE, BLOCK) == b"ab".ljust(BLOCK, b"a")
+            return
+        with pytest.raises(OperationError, match="EIO"):
+            await mount.write(OBJECT_SIZE + 1, b"b")
