@@ -242,6 +242,25 @@ class FaultyDisk:
         block[skip] ^= 1
         file.blocks[number] = file.durable_blocks[number] = bytes(block)
 
+    def paths(self, directory: str = "") -> list[str]:
+        """Give the paths of all files below a directory, in the order in which they were made."""
+        found = []
+        for name, node in self._directory(directory).names.items():
+            path = f"{directory}/{name}" if directory else name
+            found += self.paths(path) if isinstance(node, _Directory) else [path]
+        return found
+
+    def stored_blocks(self, path: str) -> list[int]:
+        """Give the numbers of a file's blocks that are as they were when they were synced."""
+        parent, name = self._parent(path)
+        file = parent.names[name]
+        assert isinstance(file, _File)
+        return [n for n, block in file.blocks.items() if file.durable_blocks.get(n) is block]
+
+    def fill(self, left_bytes: int) -> None:
+        """Leave room for so much more."""
+        self.capacity = self._used() + left_bytes
+
     # --- how ---
 
     def _restore(self, directory: _Directory, rng: random.Random) -> None:

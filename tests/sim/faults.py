@@ -14,6 +14,8 @@ from functools import partial
 
 import trio
 
+from fakes.faulty_disk import BLOCK
+from sheepfs.core.geometry import BLOCKS_PER_OBJECT as OBJECT_BLOCKS
 from sim.clients import SimClient
 from sim.registers import Volume as Model
 from sim.world import SimNode, World
@@ -43,7 +45,8 @@ class Faults:
             self.pause_node, self.stop_node, self.cut_link, self.isolate, self.slow_disk,
             self.fail_sync, self.fail_read, self.lose_etcd_leader, self.lose_etcd_replies,
             self.fail_syncs_of_all, self.cut_from_etcd, self.kill_client, self.pause_client,
-            self.cut_power_of_all,
+            self.cut_power_of_all, self.slow_link, self.replace_disk, self.fill_disk, self.rot,
+            self.spoil_write, self.set_clock,
         ]  # fmt: skip
         # Each seed has its own few troubles, so that some are rare and others the rule.
         self._weights = [rng.choice((0, 0, 1, 1, 4)) for _ in self._kinds]
@@ -71,6 +74,20 @@ class Faults:
     def _node(self) -> SimNode | None:
         up = [node for node in self.world.nodes if node.is_up]
         return self.world.rng.choice(up) if up else None
+
+    def _losing(self) -> SimNode | None:
+        """Give a node that may lose what it has not synced: where one has damage, that one."""
+        spoiled = self.world.spoiled
+        if spoiled is None:
+            return self._node()
+        return spoiled if spoiled.is_up else None
+
+    def _to_spoil(self) -> SimNode | None:
+        """Give the one node that may get damage, if all others have good copies now."""
+        if self.world.spoiled is None and self._failing == 0 and self.world.is_whole():
+            self.world.spoiled = self._node()
+        spoiled = self.world.spoiled
+        return spoiled if spoiled is not None and spoiled.is_up else None
 
     def _some_time(self) -> float:
         return self.world.rng.choice((0.1, 1.0, 3.0, 8.0, 15.0))
@@ -117,7 +134,7 @@ class Faults:
 
     async def cut_power(self) -> None:
         """Of one node."""
-        if node := self._node():
+        if node := self._losing():
             safe = self.world.is_whole()
             self.say(f"cut the power of {node.name}, {'nobody else' if safe else 'others'} missing")
             if not safe:
@@ -128,6 +145,8 @@ class Faults:
 
     async def cut_power_of_all(self) -> None:
         """Of all nodes at once."""
+        if self.world.spoiled is not None:
+            return
         self.say("cut the power of all nodes")
         self._lost()
         up = [node for node in self.world.nodes if node.is_up]
@@ -170,7 +189,7 @@ class Faults:
 
     async def fail_sync(self) -> None:
         """A failed fsync: the daemon leaves; what was not on the disk is lost."""
-        node = self._node()
+        node = self._losing()
         if node and node.process:
             self.say(f"fail a sync of {node.name}")
             node.process.fail_next["fdatasync"] = errno.EIO
@@ -181,6 +200,8 @@ class Faults:
 
     async def fail_syncs_of_all(self) -> None:
         """Of a bad batch of disks: whoever notices leaves; then the power goes."""
+        if self.world.spoiled is not None:
+            return
         self.say("fail a sync of all nodes")
         self._failing += 1
         for node in self.world.nodes:
@@ -202,6 +223,49 @@ class Faults:
             node.process.fail_next["pread"] = errno.EIO
             await trio.lowlevel.checkpoint()
 
+    async def replace_disk(self) -> None:
+        """Of a node, while all others have all; it is given up after `out_after`."""
+        node = self._node()
+        world = self.world
+        if node is None or world.spoiled or world.out_after_s > 60 or not world.is_whole():
+            return
+        self.say(f"empty the disk of {node.name}")
+        with self._down(node):
+            await node.replace_disk()
+            await trio.sleep(self._some_time())
+
+    async def fill_disk(self) -> None:
+        """Up to the reserve, or wholly; for a while."""
+        if node := self._node():
+            left = self.world.rng.choice((0, 1 << 18, 1 << 29))
+            self.say(f"leave {left} bytes free at {node.name}")
+            disk = node.disk
+            former = disk.capacity
+            disk.fill(left)
+            await trio.sleep(self._some_time())
+            disk.capacity = former
+
+    async def rot(self) -> None:
+        """A bit of stored data flips."""
+        rng = self.world.rng
+        if node := self._to_spoil():
+            objects = node.disk.paths("objects")
+            path = rng.choice(objects) if objects else ""
+            blocks = [n for n in node.disk.stored_blocks(path) if n < OBJECT_BLOCKS] if path else []
+            if blocks:
+                block = rng.choice(blocks)
+                self.say(f"flip a bit of block {block} of {path} of {node.name}")
+                node.disk.rot(path, block * BLOCK + rng.randrange(BLOCK))
+        await trio.lowlevel.checkpoint()
+
+    async def spoil_write(self) -> None:
+        """A write that the disk says it has done, and has not, or has elsewhere."""
+        node = self._to_spoil()
+        if node and node.process:
+            node.process.spoil_next = self.world.rng.choice(("lost", "misdirected"))
+            self.say(f"the next write to {node.name} is {node.process.spoil_next}")
+        await trio.lowlevel.checkpoint()
+
     # -- networks ---------------------------------------------------------------------------
 
     async def cut_link(self) -> None:
@@ -215,6 +279,20 @@ class Faults:
             self.world.network.cut(other, one)
         await trio.sleep(self._some_time())
         self.world.network.mend()
+
+    async def slow_link(self) -> None:
+        """Everything between one host and all others is late, one way or both."""
+        names = list(self.world.network.hosts)
+        slow = self.world.rng.choice(names)
+        ways = self.world.rng.choice(("from", "to", "from and to"))
+        mean_s = self.world.rng.choice((0.02, 0.3, 1.5))
+        self.say(f"what goes {ways} {slow} takes {mean_s:g} s")
+        links = [(slow, name) for name in names if name != slow and "from" in ways]
+        links += [(name, slow) for name in names if name != slow and "to" in ways]
+        self.world.network.slow_s.update(dict.fromkeys(links, mean_s))
+        await trio.sleep(self._some_time())
+        for link in links:
+            self.world.network.slow_s.pop(link, None)
 
     async def isolate(self) -> None:
         """One node from everybody, etcd included or not."""
@@ -260,6 +338,16 @@ class Faults:
         await trio.sleep(self._some_time())
         for client in self.world.clients.values():
             client.trouble = 0.0
+
+    # -- clocks -----------------------------------------------------------------------------
+
+    async def set_clock(self) -> None:
+        """Of one host, by up to a day."""
+        name = self.world.rng.choice(list(self.world.network.hosts))
+        step_s = self.world.rng.choice((-86400.0, -30.0, 30.0, 86400.0))
+        self.say(f"the clock of {name} jumps by {step_s:g} s")
+        self.world.network.hosts[name].clock_s += step_s
+        await trio.lowlevel.checkpoint()
 
     # -- clients ----------------------------------------------------------------------------
 

@@ -15,9 +15,11 @@ from typing import Any
 import trio
 
 from fakes.etcd import FakeEtcd, FakeServer
-from fakes.faulty_disk import FaultyDisk
+from fakes.faulty_disk import BLOCK, FaultyDisk
 from sheepfs.core.errors import UnreachableError
+from sheepfs.core.geometry import OBJECT_SIZE
 from sheepfs.core.kv import Transaction
+from sheepfs.core.wire import Buffer
 from sim.network import SimHost
 
 HOST: ContextVar[SimHost | None] = ContextVar("HOST", default=None)
@@ -88,6 +90,8 @@ class ProcessDisk:
     Attributes:
         calls_left: the process dies within the call that finds none left.
         fail_next: name of a method -> errno of its next call.
+        spoil_next: what becomes of the next write of object data: "lost" or "misdirected", although
+            it succeeds.
     """
 
     def __init__(
@@ -98,6 +102,9 @@ class ProcessDisk:
         self.alive = True
         self.calls_left = -1
         self.fail_next: dict[str, int] = {}
+        self.spoil_next = ""
+        self._objects: set[int] = set()
+        """Descriptors of object files."""
         self._on_death = on_death
         self._on_loss = on_loss
 
@@ -118,9 +125,30 @@ class ProcessDisk:
                 self._on_loss()
             raise OSError(error, os.strerror(error))
 
+    def open(self, path: str, *, create: bool = False, truncate: bool = False) -> int:
+        """See Disk."""
+        self._before("open")
+        fd = self.disk.open(path, create=create, truncate=truncate)
+        if path.startswith("objects/"):
+            self._objects.add(fd)
+        return fd
+
+    def pwrite(self, fd: int, data: Buffer, offset: int, /) -> int:
+        """See Disk."""
+        self._before("pwrite")
+        end = offset + len(data)
+        is_data = fd in self._objects and not (offset % BLOCK or end % BLOCK) and end <= OBJECT_SIZE
+        if self.spoil_next and is_data:
+            how, self.spoil_next = self.spoil_next, ""
+            if how == "misdirected":
+                self.disk.pwrite(fd, data, (offset + OBJECT_SIZE // 2) % OBJECT_SIZE)
+            return len(data)
+        return self.disk.pwrite(fd, data, offset)
+
     def close(self, fd: int, /) -> None:
         """See Disk. What a dead process had open is closed already."""
         if self.alive:
+            self._objects.discard(fd)
             self.disk.close(fd)
 
 
@@ -133,7 +161,7 @@ def _passed_on(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "open", "pread", "pread_nowait", "pwrite", "punch", "truncate", "fdatasync", "fsync_dir",
+    "pread", "pread_nowait", "punch", "truncate", "fdatasync", "fsync_dir",
     "syncfs", "rename", "unlink", "mkdir", "listdir", "space", "lock",
 ):  # fmt: skip
     setattr(ProcessDisk, _name, _passed_on(_name))

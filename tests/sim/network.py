@@ -37,6 +37,8 @@ class SimNetwork:
         self.latency_s = latency_s
         self.hosts: dict[str, SimHost] = {}
         self._rng = rng
+        self.slow_s: dict[tuple[str, str], float] = {}
+        """(from, to) -> mean time that something takes in addition."""
         self._cut: set[tuple[str, str]] = set()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
@@ -63,9 +65,10 @@ class SimNetwork:
             self._sooner.set()
         heapq.heappush(self._due, (time, next(self._numbers), what))
 
-    def latency(self) -> float:
+    def latency(self, source: str = "", target: str = "") -> float:
         """Draw how long something takes from one host to another."""
-        return self._rng.expovariate(1 / self.latency_s)
+        mean_s = self.latency_s + self.slow_s.get((source, target), 0.0)
+        return self._rng.expovariate(1 / mean_s)
 
     # -- faults -----------------------------------------------------------------------------
 
@@ -107,6 +110,8 @@ class SimHost:
         self.name = name
         self.alive = True
         self.paused = False
+        self.clock_s = 0.0
+        """How far its clock is ahead."""
         self.listeners: dict[int, SimListener] = {}
         self._shields: WeakValueDictionary[int, trio.CancelScope] = WeakValueDictionary()
         self._transports: dict[SimTransport, None] = {}
@@ -242,7 +247,8 @@ class _Direction:
         self.network.opened(self)
 
     def put(self, data: bytes | None) -> None:
-        self._last = max(self._last, trio.current_time() + self.network.latency())
+        latency_s = self.network.latency(self.source.host.name, self.target.host.name)
+        self._last = max(self._last, trio.current_time() + latency_s)
         self.on_way.append((self._last, data))
         self.size += len(data or b"")
         self.network.at(self._last, self.deliver)

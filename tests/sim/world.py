@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+import struct
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,11 +18,13 @@ import trio
 
 from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.clustermap import ClusterMap, NodeState
-from sheepfs.core.errors import SheepError
+from sheepfs.core.errors import CorruptError, RecoveringError, SheepError
+from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT
 from sheepfs.core.metadata import Keys
 from sheepfs.net import link, router
 from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, Threads
 from sim.network import SimHost, SimNetwork
+from storaged import leader
 from storaged.daemon import Daemon, Machine, Options
 from storaged.store.disk import Disk
 from storaged.store.objects import ObjectStore
@@ -31,6 +34,7 @@ PORT = 7000
 DEADLINE_S = 300.0
 POLL_S = 0.1
 RESTART_S = 0.3
+_DIGESTS = struct.Struct(f"<{BLOCKS_PER_OBJECT}Q")
 
 
 class History:
@@ -135,6 +139,15 @@ class SimNode:
         """Wait until it has ended by itself."""
         await self._ended.wait()
 
+    async def replace_disk(self) -> None:
+        """End it, and put in an empty disk: it comes back as another node."""
+        found = self.world.map()
+        if found is not None:
+            address = f"{self.name}:{PORT}"
+            self.world.gone |= {n.id for n in found.nodes.values() if n.address == address}
+        await self.kill(power=True)
+        self.disk = FaultyDisk()
+
     async def kill(self, *, power: bool) -> None:
         """End it at once, as SIGKILL does, or a power cut."""
         if self.process is not None:
@@ -156,6 +169,11 @@ class World:
         self.history = History()
         rng = self.rng
         self.pg_count = rng.choice((2, 4, 8))
+        self.out_after_s = rng.choice((5.0, 60.0, 600.0))
+        self.gone: set[int] = set()
+        """Ids of nodes that never come back."""
+        self.spoiled: SimNode | None = None
+        """The one node whose disk may hold other data than was written."""
         self.network = SimNetwork(random.Random(rng.random()), rng.choice((0.0001, 0.0005, 0.003)))
         self.threads = Threads(random.Random(rng.random()))
         self.etcd = SimEtcdServer()
@@ -213,7 +231,7 @@ class World:
         lacks += [
             f"node {node.id} at {node.address} is {node.state}"
             for node in found.nodes.values()
-            if node.state is not NodeState.ACTIVE
+            if node.state is not NodeState.ACTIVE and node.id not in self.gone
         ]
         lacks += [
             f"group {copies}/{number} is {group}"
@@ -221,8 +239,8 @@ class World:
             for number, group in enumerate(groups)
             if len(group.sync) != copies or group.joining
         ]
-        if len(found.nodes) != self._node_count:
-            lacks.append(f"there are {len(found.nodes)} nodes")
+        if len(found.nodes.keys() - self.gone) != self._node_count:
+            lacks.append(f"there are {len(found.nodes)} nodes, {len(self.gone)} gone for good")
         return "; ".join(lacks)
 
     def is_whole(self) -> bool:
@@ -240,12 +258,15 @@ class World:
         found = self.map()
         assert found is not None
         stores: dict[int, ObjectStore] = {}
+        spoiled = 0
         for node in self.nodes:
             node.kept_down += 1
             await node.kill(power=False)
             store = ObjectStore.open(Path("/sim"), disk=node.disk)
             assert store.node_id is not None
             stores[store.node_id] = store
+            if node is self.spoiled:
+                spoiled = store.node_id
         for copies, groups in found.pools.items():
             for number, group in enumerate(groups):
                 held = {
@@ -262,6 +283,9 @@ class World:
                         f" node {other} has {sorted(objects)}"
                     )
                     bad = [oid for oid in objects if objects[oid] != expected[oid]]
+                    if spoiled in (first, other):
+                        good = objects if spoiled == first else expected
+                        bad = [oid for oid in bad if not is_known(stores[spoiled], oid, good[oid])]
                     assert not bad, f"nodes {first} and {other} differ in {bad}"
 
     async def wait_whole(self) -> None:
@@ -271,6 +295,18 @@ class World:
                 await trio.sleep(POLL_S)
             return
         raise AssertionError(f"not whole after {DEADLINE_S:g} s: {self.lacks()}")
+
+
+def is_known(store: ObjectStore, oid: int, good: bytes) -> bool:
+    """Tell whether a read would notice all damage of an object that has these digests elsewhere."""
+    pairs = zip(_DIGESTS.unpack(store.digests(oid)), _DIGESTS.unpack(good), strict=True)
+    for block in (number for number, (here, there) in enumerate(pairs) if here != there):
+        try:
+            store.read(oid, block * BLOCK_SIZE, BLOCK_SIZE, wait=True)
+        except (CorruptError, RecoveringError):
+            continue
+        return False
+    return True
 
 
 @contextmanager
@@ -303,7 +339,17 @@ def determined(world: World, seed: int) -> Iterator[None]:
     put(trio, "CancelScope", mortal(trio.CancelScope))
     put(trio, "move_on_after", mortal(trio.move_on_after))
     put(trio.to_thread, "run_sync", world.threads.run_sync)
-    put(time, "time", lambda: start + trio.current_time())
+
+    def wall_clock() -> float:
+        host = HOST.get()
+        return start + trio.current_time() + (host.clock_s if host else 0.0)
+
+    put(time, "time", wall_clock)
+    put(
+        leader.Leader.__init__,
+        "__kwdefaults__",
+        {"out_after_s": world.out_after_s, "wall": wall_clock},
+    )
     put(secrets, "token_hex", lambda size=16: rng.randbytes(size).hex())
     put(secrets, "randbits", rng.getrandbits)
     put(uuid, "uuid4", made_up)
