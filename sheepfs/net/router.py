@@ -127,7 +127,7 @@ class Router:
                 node = self.map.nodes.get(node_id)
                 if node is None:
                     return
-                link = await self._connect(node)
+                link = None if self._is_replaced(node) else await self._connect(node)
                 if link is not None:
                     delay_s = RECONNECT_MIN_S
                     with plain_errors():
@@ -139,6 +139,18 @@ class Router:
                 with trio.move_on_after(delay_s):
                     await retry.wait()
                 delay_s = min(2 * delay_s, RECONNECT_MAX_S)
+
+    def _is_replaced(self, node: Node) -> bool:
+        """Tell whether another node, with a new disk, runs at this one's address.
+
+        To connect there again would break the link to that one.
+        """
+        return any(
+            other.address == node.address
+            and other.state is not NodeState.DOWN
+            and (node.state is NodeState.DOWN or other.id > node.id)
+            for other in self.map.nodes.values()
+        )
 
     async def _connect(self, node: Node) -> Link | None:
         try:

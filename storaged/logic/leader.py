@@ -2,10 +2,10 @@
 
 Pure. Always holds, for every map made here from a map made here:
 - The epoch is one higher, and something besides the epoch differs.
-- A PG that has a `sync` member keeps one. If all of them fail, one stays in `sync` although it is
-  down, and the PG waits for it (I8).
+- A PG that has a `sync` member keeps one. If all of them fail at once, all stay in `sync` although
+  they are down, and the PG waits for the first that comes back: each has all that was flushed (I8).
 - Only a `joining` member that reported, as of the PG's `changed`, that it has everything becomes
-  `sync`. A run that ended (another incarnation) is never `sync`, but for the last one.
+  `sync`. A run that ended (another incarnation) is never `sync`, but for the last ones.
 - `changed` is the new epoch whenever a PG's members differ, or a member is another incarnation:
   every holder then sends again what that member may lack. A mere promotion from `joining` to
   `sync` leaves it alone: the member already got every write, and the reports of others stay good.
@@ -233,8 +233,12 @@ def _roles(group: PlacementGroup) -> tuple[set[int], set[int], set[int]]:
 
 
 def _last_stand(whole: Sequence[int], view: _View) -> list[int]:
-    """All that hold the PG failed at once: keep one, best one that is already back."""
-    return [min(whole, key=lambda n: (n not in view.live, whole.index(n)))] if whole else []
+    """All that hold the PG failed at once: keep one that is already back, or all until one is.
+
+    To choose one that is down would be to wait for it, though it may be the one that never returns.
+    """
+    back = [n for n in whole if n in view.live]
+    return back[:1] or list(whole)
 
 
 def _targets(

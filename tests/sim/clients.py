@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
@@ -19,18 +20,36 @@ from sim.registers import Volume as Model
 from sim.world import CLUSTER, World
 
 OBJECT_SECTORS = 8192
+MOST_VOLUMES = 6
 SPAN = 200
 """Writes go to so many sectors around each border of objects, so that they meet each other."""
+
+
+@dataclass
+class Shelf:
+    """The volumes and snapshots that the clients share, by file name, and what they may hold.
+
+    Attributes:
+        weights: how often a snapshot is made, read and deleted, and a clone made.
+    """
+
+    models: dict[str, Model]
+    weights: tuple[float, float, float, float]
+    snapshots: dict[str, Model] = field(default_factory=dict)
+
+    def snapshots_of(self, name: str) -> list[str]:
+        """Give the snapshots of a volume."""
+        return [file for file in self.snapshots if file.startswith(f"{name.removesuffix('.raw')}@")]
 
 
 class SimClient:
     """One mount: restarts after each death, until its operations are done."""
 
-    def __init__(self, world: World, number: int, models: dict[str, Model], count: int) -> None:
+    def __init__(self, world: World, number: int, shelf: Shelf, count: int) -> None:
         self.world = world
+        self.shelf = shelf
         self.name = f"c{number}"
         self.host = world.network.host(self.name)
-        self.models = models
         self.left = count
         self.done = 0
         self.pause_s = 0.0
@@ -77,7 +96,7 @@ class SimClient:
 
     async def _work(self, cluster: Cluster) -> None:
         while self.left > 0:
-            name = self._random.choice(sorted(self.models))
+            name = self._random.choice(sorted(self.shelf.models))
             try:
                 await self._use(cluster, name, self._random.randint(5, 80))
             except HeldElsewhereError:
@@ -95,7 +114,7 @@ class SimClient:
         except SheepError:
             await volume.close()
             raise
-        model = self.models[name]
+        model = self.shelf.models[name]
         assert volume.attachment is not None
         was_clean = volume.attachment.was_clean
         self.say(f"{name} attached, {'clean' if was_clean else 'unclean'}")
@@ -146,8 +165,12 @@ class SimClient:
                     break
                 self.left -= 1
                 (operation,) = self._random.choices(
-                    (self.write, self.read, self.flush, self.punch), (50, 30, 12, 8)
-                )
+                    (
+                        self.write, self.read, self.flush, self.punch, self.snapshot,
+                        self.read_snapshot, self.delete_snapshot, self.clone,
+                    ),
+                    (50, 30, 12, 8, *self.shelf.weights),
+                )  # fmt: skip
                 nursery.start_soon(one, operation)
         if problem:
             raise problem
@@ -204,3 +227,55 @@ class SimClient:
             raise
         self.say(f"{name} flushed {issued}")
         model.flushed(issued)
+
+    async def snapshot(self, volume: Volume, model: Model, name: str) -> None:
+        """Keep the volume as it is."""
+        assert self.cluster is not None
+        self._values += 1
+        tag = f"s{self._values:x}"
+        issued = self.world.history.event()
+        self.say(f"{name} snapshot {tag}")
+        with model.reading():
+            await self.cluster.snapshot(volume.record.id, tag)
+            self.shelf.snapshots[f"{name.removesuffix('.raw')}@{tag}.raw"] = model.frozen(issued)
+        self.say(f"{name} has snapshot {tag}")
+
+    async def read_snapshot(self, volume: Volume, model: Model, name: str) -> None:
+        """Read sectors of a snapshot and check them."""
+        assert self.cluster is not None
+        files = self.shelf.snapshots_of(name)
+        if not files:
+            return
+        file = self._random.choice(files)
+        frozen = self.shelf.snapshots[file]
+        first, count = self._range(frozen)
+        issued = self.world.history.event()
+        async with self.cluster.opened((await self.cluster.lookup(file)).id) as opened:
+            data = await read_bytes(opened, first * SECTOR, count * SECTOR)
+        self.say(f"{file} read {first}+{count}")
+        if file in self.shelf.snapshots:
+            frozen.check(first, data, issued)
+
+    async def delete_snapshot(self, volume: Volume, model: Model, name: str) -> None:
+        """Delete a snapshot: what it alone names is reclaimed."""
+        assert self.cluster is not None
+        files = self.shelf.snapshots_of(name)
+        if files:
+            file = self._random.choice(files)
+            del self.shelf.snapshots[file]
+            self.say(f"delete {file}")
+            await self.cluster.delete(file)
+
+    async def clone(self, volume: Volume, model: Model, name: str) -> None:
+        """Make a new volume that begins as this one is."""
+        assert self.cluster is not None
+        if len(self.shelf.models) >= MOST_VOLUMES:
+            return
+        self._values += 1
+        file = f"x{self._values:x}.raw"
+        issued = self.world.history.event()
+        self.say(f"{name} clone {file}")
+        with model.reading():
+            await self.cluster.clone(volume.record.id, file)
+            self.shelf.models[file] = model.frozen(issued)
+        self.say(f"{name} has clone {file}")

@@ -8,7 +8,7 @@ Always holds:
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -28,7 +28,7 @@ class Faults:
         self,
         world: World,
         clients: Sequence[SimClient],
-        models: Sequence[Model],
+        models: Mapping[str, Model],
         left_out: Sequence[str] = (),
     ) -> None:
         """`left_out`: names of faults that do not happen."""
@@ -165,7 +165,7 @@ class Faults:
                 await trio.sleep(0.01)
 
     def _lost(self) -> None:
-        for model in self.models:
+        for model in self.models.values():
             model.lost(holder=False)
 
     async def pause_node(self) -> None:

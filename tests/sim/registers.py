@@ -151,7 +151,11 @@ class Register:
 
 
 class Volume:
-    """All registers of one volume."""
+    """All registers of one volume.
+
+    Args:
+        number: stands in its stamps; a snapshot or clone has that of its origin.
+    """
 
     def __init__(self, number: int, sectors: int) -> None:
         self.number = number
@@ -230,6 +234,25 @@ class Volume:
             if not in_order:
                 self.lost(holder=True)
 
+    def _in_force(self, sector: int, issued: int) -> set[int]:
+        register = self.registers.get(sector)
+        legal = {ZEROS} if register is None else register.in_force(issued)
+        for flush, former in self._past.get(sector, ()):
+            if issued < flush:
+                legal |= former.in_force(issued)
+        return legal
+
+    def frozen(self, issued: int) -> Volume:
+        """Give what a snapshot is that was asked for at that event and is made now.
+
+        Its sectors never change, and are durable: a loss brings nothing else back.
+        """
+        made = Volume(self.number, self.sectors)
+        for sector in self.registers:
+            legal = self._in_force(sector, issued)
+            made.registers[sector] = Register(set(legal), set(legal))
+        return made
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Inside of the block a read is issued, and then what it gave is checked."""
@@ -247,10 +270,7 @@ class Volume:
             sector = first + i
             value = value_of(self.number, sector, data[i * SECTOR : (i + 1) * SECTOR])
             register = self.registers.get(sector)
-            legal = {ZEROS} if register is None else register.in_force(issued)
-            for flush, former in self._past.get(sector, ()):
-                if issued < flush:
-                    legal |= former.in_force(issued)
+            legal = self._in_force(sector, issued)
             if value not in legal:
                 raise AssertionError(
                     f"volume {self.number} sector {sector} (block {sector // 8}, object"

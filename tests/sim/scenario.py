@@ -14,8 +14,9 @@ import trio.testing
 from sheepfs.callbacks import completion, read_bytes
 from sheepfs.connecting import join
 from sheepfs.core.errors import HeldElsewhereError
+from sheepfs.frozen import FrozenVolume
 from sheepfs.volume import Volume
-from sim.clients import OBJECT_SECTORS, SimClient
+from sim.clients import OBJECT_SECTORS, Shelf, SimClient
 from sim.faults import Faults
 from sim.machine import HOST
 from sim.planted import planted
@@ -105,12 +106,13 @@ def run(seed: int, size: Size = Size()) -> Outcome:
 async def _main(world: World, size: Size, outcome: Outcome) -> None:
     async with world.running():
         await world.wait_nodes()
-        models = await _make_volumes(world)
+        weights = world.rng.choice(((0.0, 0.0, 0.0, 0.0), (1.0, 3.0, 0.7, 0.3)))
+        shelf = Shelf(await _make_volumes(world), weights)
         clients = [
-            SimClient(world, i + 1, models, -(-size.operations // size.clients))
+            SimClient(world, i + 1, shelf, -(-size.operations // size.clients))
             for i in range(size.clients)
         ]
-        faults = Faults(world, clients, list(models.values()), size.left_out)
+        faults = Faults(world, clients, shelf.models, size.left_out)
         for client in clients:
             client.pause_s = faults.gap_s * size.faults * size.clients / size.operations
         async with trio.open_nursery() as nursery:
@@ -122,7 +124,7 @@ async def _main(world: World, size: Size, outcome: Outcome) -> None:
         world.history.say("-", "all operations are done")
         await world.wait_whole()
         world.history.say("-", "the cluster is whole")
-        await _check(world, models)
+        await _check(world, shelf)
 
 
 async def _make_volumes(world: World) -> dict[str, Model]:
@@ -142,12 +144,12 @@ async def _make_volumes(world: World) -> dict[str, Model]:
     return models
 
 
-async def _check(world: World, models: dict[str, Model]) -> None:
+async def _check(world: World, shelf: Shelf) -> None:
     """All that was written is there, and all replicas agree."""
     host = world.network.host("checker")
     HOST.set(host)
     async with join(world.etcd_client(host), CLUSTER, "checker", network=host) as cluster:
-        for name, model in models.items():
+        for name, model in shelf.models.items():
             volume = await cluster.open((await cluster.lookup(name)).id)
             assert isinstance(volume, Volume)
             with trio.fail_after(DEADLINE_S):
@@ -162,12 +164,19 @@ async def _check(world: World, models: dict[str, Model]) -> None:
             issued = world.history.event()
             with trio.fail_after(DEADLINE_S):
                 await completion(volume.flush)
-                for first in range(0, model.sectors, CHUNK // SECTOR):
-                    count = min(CHUNK // SECTOR, model.sectors - first)
-                    data = await read_bytes(volume, first * SECTOR, count * SECTOR)
-                    model.check(first, data, issued)
+                await _check_all(volume, model, issued)
                 while volume.converging:
                     await trio.sleep(0.1)
             await volume.close()
             world.history.say("-", f"{name} is as it should be")
+        for name, model in shelf.snapshots.items():
+            async with cluster.opened((await cluster.lookup(name)).id) as frozen:
+                await _check_all(frozen, model, world.history.event())
+            world.history.say("-", f"{name} is as it should be")
     await world.check_replicas()
+
+
+async def _check_all(volume: Volume | FrozenVolume, model: Model, issued: int) -> None:
+    for first in range(0, model.sectors, CHUNK // SECTOR):
+        count = min(CHUNK // SECTOR, model.sectors - first)
+        model.check(first, await read_bytes(volume, first * SECTOR, count * SECTOR), issued)

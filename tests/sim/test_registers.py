@@ -112,6 +112,23 @@ def test_a_read_that_takes_long_may_give_what_was_there_when_it_began() -> None:
         volume.check(3, bytes(SECTOR), 1)
 
 
+def test_a_snapshot_has_what_was_there_at_one_moment_while_it_was_made() -> None:
+    volume = Volume(1, 16)
+    volume.begin(3, 1, 7, 1).completed = 2
+    with volume.reading():
+        under_way = volume.begin(3, 1, 8, 4)
+        under_way.completed = 5
+        volume.flushed(6)
+        snapshot = volume.frozen(3)
+    volume.begin(3, 1, 9, 8).completed = 9
+    with pytest.raises(AssertionError, match="reads 9"):
+        snapshot.check(3, stamp(1, 3, 9), 10)
+    snapshot.check(3, stamp(1, 3, 7), 10)
+    with pytest.raises(AssertionError, match="reads"):
+        snapshot.check(3, stamp(1, 3, 8), 11)
+    snapshot.check(4, bytes(SECTOR), 12)
+
+
 def test_a_sector_of_elsewhere_or_a_torn_one_is_none() -> None:
     assert value_of(1, 3, stamp(1, 3, 7)) == 7
     for data in (stamp(1, 4, 7), stamp(2, 3, 7), stamp(1, 3, 7)[:256] + stamp(1, 3, 8)[256:]):

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -170,9 +171,20 @@ def test_of_all_that_fail_at_once_one_that_is_back_is_kept() -> None:
     assert all(g.sync == (2,) for g in current.pools[3])
 
 
-def test_of_all_that_vanish_at_once_exactly_one_is_kept() -> None:
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_of_all_that_vanish_at_once_the_first_that_comes_back_is_kept(first: int) -> None:
     current = step(three_nodes(), {})
-    assert all(len(g.sync) == 1 for g in current.pools[3])
+    assert all(set(g.sync) == {1, 2, 3} for g in current.pools[3])
+    current = step(current, alive(first, run=2))
+    assert all(g.sync == (first,) and g.changed == current.epoch for g in current.pools[3])
+    current = step(current, alive(1, 2, 3, run=2))
+    assert all(g.sync == (first,) and len(g.joining) == 2 for g in current.pools[3])
+
+
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_of_all_that_only_seemed_to_vanish_the_first_is_kept(first: int) -> None:
+    current = step(step(three_nodes(), {}), alive(first))
+    assert all(g.sync == (first,) for g in current.pools[3])
 
 
 def test_a_member_that_has_joined_takes_over_from_the_last_that_fails() -> None:
