@@ -8,15 +8,17 @@ import secrets
 import struct
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import trio
 
 from fakes.faulty_disk import FaultyDisk
+from sheepfs import convergence, flusher, holding, vdimap, volume
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import CorruptError, RecoveringError, SheepError
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT
@@ -24,8 +26,9 @@ from sheepfs.core.metadata import Keys
 from sheepfs.net import link, router
 from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, Threads
 from sim.network import SimHost, SimNetwork
-from storaged import leader
+from storaged import leader, membership, recovery, removal
 from storaged.daemon import Daemon, Machine, Options
+from storaged.store import dirtylog, files, flush
 from storaged.store.disk import Disk
 from storaged.store.objects import ObjectStore
 
@@ -34,6 +37,21 @@ PORT = 7000
 DEADLINE_S = 300.0
 POLL_S = 0.1
 RESTART_S = 0.3
+KNOBS: dict[tuple[ModuleType, str], Sequence[float]] = {
+    (dirtylog, "MAX_MARKS"): (2, 16, 4096),
+    (files, "_MAX_OPEN"): (16, 8192),
+    (flush, "_SYNC_ALL"): (1, 16),
+    (flusher, "FLUSH_EVERY_S"): (0.5, 5.0),
+    (recovery, "PARALLEL_GROUPS"): (1, 4),
+    (recovery, "PARALLEL_PULLS"): (1, 4),
+    (removal, "BATCH"): (1, 64),
+    (convergence, "PARALLEL_OPENS"): (1, 8),
+    (vdimap, "PAGES_PER_LOAD"): (1, 16),
+    (volume, "READER_MAP_S"): (0.05, 1.0),
+    (membership, "ALIVE_TTL_S"): (3, 5, 10),
+    (holding, "LEASE_TTL_S"): (5, 10, 30),
+}
+"""What each seed draws, besides latencies and the number of placement groups."""
 _DIGESTS = struct.Struct(f"<{BLOCKS_PER_OBJECT}Q")
 
 
@@ -170,6 +188,7 @@ class World:
         rng = self.rng
         self.pg_count = rng.choice((2, 4, 8))
         self.out_after_s = rng.choice((5.0, 60.0, 600.0))
+        self.knobs = {knob: rng.choice(values) for knob, values in KNOBS.items()}
         self.gone: set[int] = set()
         """Ids of nodes that never come back."""
         self.spoiled: SimNode | None = None
@@ -198,6 +217,8 @@ class World:
         """Have all nodes run; whatever still runs at the end is cancelled."""
         async with trio.open_nursery() as nursery:
             self.nursery = nursery
+            knobs = {name: value for (_, name), value in self.knobs.items()}
+            self.history.say("-", f"{knobs}, out after {self.out_after_s:g} s")
             nursery.start_soon(self.network.run)
             self.nodes = [SimNode(self, i + 1) for i in range(self._node_count)]
             for node in self.nodes:
@@ -350,6 +371,8 @@ def determined(world: World, seed: int) -> Iterator[None]:
         "__kwdefaults__",
         {"out_after_s": world.out_after_s, "wall": wall_clock},
     )
+    for (module, name), value in world.knobs.items():
+        put(module, name, value)
     put(secrets, "token_hex", lambda size=16: rng.randbytes(size).hex())
     put(secrets, "randbits", rng.getrandbits)
     put(uuid, "uuid4", made_up)
