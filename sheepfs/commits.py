@@ -120,8 +120,13 @@ class Commits:
         return [unchanged], [delete]
 
     async def _new_vdi(
-        self, source: SnapshotRecord, map_layer: int, parent: int, modified: float
+        self, source: SnapshotRecord, map_layer: int, parent: int, modified: float, generation: int
     ) -> VdiRecord:
+        """Give the record of a VDI to be made.
+
+        Args:
+            generation: of the attach under which its map was made; its own changes are later ones.
+        """
         ident = await self._catalog.new_id()
         (layer,) = await self._catalog.begin_layers(
             ident, source.family, source.copies, 1, (await self._lease()).lease
@@ -131,7 +136,7 @@ class Commits:
             ident, source.size, source.copies, layer, map_layer, source.family, parent=parent,
             mode=source.mode | 0o200, uid=source.uid, gid=source.gid, created=now,
             modified=modified or now, changed=now, maps=source.maps, allocated=source.allocated,
-            attributes=source.attributes,
+            attributes=source.attributes, generation=generation,
         )  # fmt: skip
 
     async def _check_free(self, name: str) -> None:

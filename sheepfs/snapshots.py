@@ -124,7 +124,7 @@ class Snapshots(Commits):
                 captured.maps, old.parent, captured.allocated, mode=old.mode, uid=old.uid,
                 gid=old.gid, attributes=old.attributes,
             )  # fmt: skip
-            record = await self._new_vdi(source, captured.map, old.parent, 0)
+            record = await self._new_vdi(source, captured.map, old.parent, 0, attachment.generation)
 
             await self._commit(
                 attachment,
@@ -216,7 +216,7 @@ class Snapshots(Commits):
         (target,) = await self._catalog.begin_layers(
             source.vdi, source.family, copies_of(source.map), 1, lease
         )
-        record = await self._new_vdi(source, target, source.id, time.time())
+        record = await self._new_vdi(source, target, source.id, time.time(), 0)
         building = await self._catalog.building(target)
         async with self._abandoning([target, record.layer]):
             await self._copy_snapshot_map(source, target, record.id, building.mod_revision)

@@ -152,10 +152,11 @@ class Replica(Comparing):
         elif entry.suspect:
             self._when_trusted(client, header, payload)
             return
-        elif entry.version >= header.version:
-            client.acknowledge(header)
-            return
         elif entry.version != header.prev:
+            if entry.version >= header.version:
+                # It was sent again: this copy has it, and perhaps more.
+                client.acknowledge(header)
+                return
             client.reply(
                 header,
                 f"{describe_oid(oid)} is at version {entry.version:x}".encode(),

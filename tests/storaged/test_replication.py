@@ -206,6 +206,25 @@ async def test_a_write_on_an_older_version_is_refused_with_the_one_that_is_there
         assert caught.value.version == holder.replicator.state(OID).version
 
 
+async def test_a_change_of_what_is_there_is_carried_out_whatever_its_number(tmp_path: Path) -> None:
+    """Also where it is not marked as dirty any more, and only the longer way finds that."""
+    async with (
+        holding(tmp_path, token=5) as (cluster, router, first),
+        trio.open_nursery() as nursery,
+    ):
+        await first.create(OID, b"a" * BLOCK)
+        await first.flush()
+        for node in cluster.nodes.values():
+            for _ in range(2):
+                node.store.trim_marks()
+            assert not node.store.is_marked(OID)
+        second = Holder(router, nursery, 6)
+        second.replicator = Replicator(router, nursery, VDI, 6, generation=1)
+        await second.write(OID, b"b" * BLOCK)
+        assert [on_disk(cluster, n) for n in (1, 2, 3)] == [b"b" * BLOCK] * 3
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_bad_block_is_read_from_a_peer_and_repaired(tmp_path: Path) -> None:
     async with holding(tmp_path) as (cluster, _, holder):
         await holder.create(OID, b"a" * BLOCK)
