@@ -197,6 +197,7 @@ class Flusher:
             self._map.give_back(set(taken.pages))
             self.discarded = {**taken.discarded, **self.discarded}
             raise
+        self._map.stored(taken.pages)
         for oid, version in taken.discarded.items():
             self._delete(oid, version)
 

@@ -2,8 +2,11 @@
 
 Always holds:
 - The map names nothing that is gone: an entry whose object no replica has goes back to what the
-  stored map says. What was lost of other objects reads as it was at the last flush.
-- What survived stays: nodes that were only started anew together have lost nothing.
+  stored map says; so does one whose object was deleted before, and is back as it was then. What was
+  lost of other objects reads as it was at the last flush.
+- A copy of a frozen object is given up: of what was changed in it, the old bytes are not in it.
+- Other objects that survived stay: nodes that were only started anew together have lost nothing.
+- Changes under way when the loss is noticed fail: they build on what may be gone.
 - Until this is done no flush succeeds, so no map that names what is gone is ever stored; and the
   first one then tells of the loss (sheepfs.unflushed).
 """
@@ -42,11 +45,18 @@ async def mend_map(
     for index, (layer, stored) in (await vdi_map.lost(stored_maps)).items():
         if layer != open_layer:
             continue
-        try:
-            await replicator.open(replicator.state(data_object(layer, index)))
-        except ObjectNotFoundError:
+        if stored or not await _is_there(replicator, index, layer, vdi_map.born_after(index)):
             vdi_map.replace(index, stored)
             gone += 1
             holes += not stored
     log.warning("%s: %d objects made since the last flush are gone", name, gone)
     return holes
+
+
+async def _is_there(replicator: Replicator, index: int, layer: int, born_after: int) -> bool:
+    state = replicator.state(data_object(layer, index))
+    try:
+        await replicator.open(state)
+    except ObjectNotFoundError:
+        return False
+    return state.version > born_after

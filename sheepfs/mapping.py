@@ -81,6 +81,16 @@ class MapOwner(MapWriter):
         self.record = record
         self._saved_size = record.size
 
+    def _is_losing(self) -> None:
+        """Writes were lost: nothing is read before the map tells what is left."""
+        if self._mending is None:
+            self._mending = trio.Event()
+
+    def _has_mended(self) -> None:
+        mending, self._mending = self._mending, None
+        if mending is not None:
+            mending.set()
+
     async def _mend_losses(self) -> None:
         """Whenever writes were lost that were not flushed: go on with a map of what is left."""
         replicator, flusher = self.replicator, self.flusher
@@ -88,6 +98,8 @@ class MapOwner(MapWriter):
             return
         while True:
             await replicator.unflushed.wait_lost()
+            if replicator.fenced:
+                return
             try:
                 async with self._capturing, flusher.paused():
                     await self._mend_map(replicator)
@@ -101,7 +113,8 @@ class MapOwner(MapWriter):
             losses, maps = replicator.unflushed.losses, self.record.maps
             gone = await mend_map(self.name, self._map, maps, self.open_layer, replicator)
             self._allocated -= gone * OBJECT_SIZE
-            replicator.unflushed.mended(losses)
+            if replicator.unflushed.mended(losses):
+                self._has_mended()
         finally:
             self.release_changes()
 

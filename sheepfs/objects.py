@@ -21,6 +21,7 @@ from sheepfs.callbacks import ignore_answer
 from sheepfs.core.errors import (
     CorruptError,
     DiskError,
+    LostWritesError,
     ObjectNotFoundError,
     RetryableError,
     SheepError,
@@ -44,6 +45,8 @@ class ObjectReader:
 
     def __init__(self, router: Router, vdi: int) -> None:
         self.token = 0
+        self.is_unsure: Callable[[], bool] = lambda: False
+        """Tells whether what was read a moment ago may be of no meaning now (sheepfs.losses)."""
         self._router = router
         self._vdi = vdi
         self._turn = count()
@@ -87,7 +90,7 @@ class ObjectReader:
         link.connection.send_frame(unsealed.seal(link.session))
 
     async def _read_slowly(self, oid: int, offset: int, length: int, done: ReadDone) -> None:
-        done(0, (await self.fetch(oid, offset, length),))
+        done(0, (await self._fetch(oid, offset, length, self.is_unsure),))
 
     async def fetch(self, oid: int, offset: int, length: int) -> bytes:
         """Read, going from member to member and through map changes until one gives it.
@@ -96,7 +99,12 @@ class ObjectReader:
             CorruptError, ObjectNotFoundError: no member has a good copy.
             SheepError: fenced, or refused for good.
         """
-        data = await self._ask(oid, Op.READ, offset, length)
+        return await self._fetch(oid, offset, length, lambda: False)
+
+    async def _fetch(
+        self, oid: int, offset: int, length: int, is_unsure: Callable[[], bool]
+    ) -> bytes:
+        data = await self._ask(oid, Op.READ, offset, length, is_unsure)
         if len(data) != length:
             raise CorruptError(f"{describe_oid(oid)}: {len(data)} bytes instead of {length}")
         return data
@@ -109,8 +117,17 @@ class ObjectReader:
         """Give the 8 KiB table of the object's block checksums; 0 for a block of zeros."""
         return await self._ask(oid, Op.SUMS, 0, 0)
 
-    async def _ask(self, oid: int, op: int, offset: int, span: int) -> bytes:
+    async def _ask(
+        self,
+        oid: int,
+        op: int,
+        offset: int,
+        span: int,
+        is_unsure: Callable[[], bool] = lambda: False,
+    ) -> bytes:
         while True:
+            if is_unsure():
+                raise LostWritesError(f"{describe_oid(oid)}: what it held may be lost")
             fields = self._fields(oid)
             sync = self._router.map.pools[fields["pool"]][fields["pg"]].sync
             bad: dict[int, SheepError] = {}

@@ -25,6 +25,8 @@ from sheepfs.vdimap import VdiMap
 
 log = logging.getLogger(__name__)
 
+LOOK_AGAIN_S = 1.0
+
 _ZEROS = memoryview(bytes(OBJECT_SIZE))
 
 Opening = Callable[[], Coroutine[Any, Any, None]]
@@ -41,6 +43,9 @@ class MapReader:
         self._reader = reader
         self._map = vdi_map
         self._nursery = nursery
+
+    _mending: trio.Event | None = None
+    """Set when the map is again one of what there is; reads wait for that (sheepfs.losses)."""
 
     def _unusable(self) -> bool:
         """Whether nothing may be read any more, holes included."""
@@ -87,6 +92,9 @@ class MapReader:
             self._read_piece(index, within, size, lambda c, b, i=i: part_done(i, c, b))  # type: ignore[misc]
 
     def _read_piece(self, index: int, within: int, length: int, done: ReadDone) -> None:
+        if self._mending is not None and not self._unusable():
+            self._later(lambda: self._read_when_mended(index, within, length, done), failed(done))
+            return
         layer = self._map.get(index)
         if layer == 0 or index in self._map.creating:
             if self._unusable():
@@ -105,6 +113,15 @@ class MapReader:
             self._later(
                 lambda: self._open_and_read(opening, oid, within, length, done), failed(done)
             )
+
+    async def _read_when_mended(self, index: int, within: int, length: int, done: ReadDone) -> None:
+        await self._mended()
+        self._read_piece(index, within, length, done)
+
+    async def _mended(self) -> None:
+        while self._mending is not None and not self._unusable():
+            with trio.move_on_after(LOOK_AGAIN_S):
+                await self._mending.wait()
 
     async def _load_and_read(self, index: int, within: int, length: int, done: ReadDone) -> None:
         await self._map.load(index)

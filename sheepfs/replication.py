@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Set as AbstractSet
 from operator import attrgetter
 
 import trio
@@ -71,6 +72,11 @@ class Replicator:
         return bool(self._inflight)
 
     @property
+    def last_version(self) -> int:
+        """The version of the newest change so far."""
+        return self._sequence
+
+    @property
     def level(self) -> bool:
         """Whether all replicas are equal, as far as the changes of this attach go."""
         return not (self.fenced or self._leveller.failed or self.unflushed.losses)
@@ -82,13 +88,18 @@ class Replicator:
         self._fail_all(errno.EIO)
 
     def _fail_all(self, code: int) -> None:
-        changes = [*self._inflight, *(c for s in self.objects.values() for c in s.queue)]
-        self._inflight.clear()
-        self._parked.clear()
-        for state in self.objects.values():
-            state.queue = []
+        self._fail([*self._inflight, *(c for s in self.objects.values() for c in s.queue)], code)
+
+    def fail_groups(self, groups: AbstractSet[Group]) -> None:
+        """What is under way in these groups builds on changes that were lost: it fails (EIO)."""
+        queued = (change for state in self.objects.values() for change in state.queue)
+        self._fail([c for c in (*self._inflight, *queued) if c.state.group in groups], errno.EIO)
+
+    def _fail(self, changes: list[Change], code: int) -> None:
         for change in changes:
-            change.request = 0
+            self._take_back(change)
+            change.state.queue = []
+        for change in changes:
             change.done(code)
 
     # -- changes ----------------------------------------------------------------------------

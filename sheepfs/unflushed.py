@@ -47,6 +47,7 @@ class Unflushed:
         self._mended = 0
         self._told = 0
         self._lost = trio.Event()
+        self.on_loss: Callable[[], None] = lambda: None
         self._replicator = replicator
         self._flushing: set[Group] = set()
 
@@ -58,6 +59,7 @@ class Unflushed:
 
     def map_changed(self, old: ClusterMap, new: ClusterMap) -> None:
         """Note whether unflushed changes were lost with the members that left."""
+        lost = set()
         for pool, pg in self.groups | self._flushing:
             had = old.pools[pool][pg].members if pool in old.pools else ()
             stayed = any(
@@ -71,8 +73,12 @@ class Unflushed:
                     "VDI %d: group %d of pool %d lost every member with unflushed writes",
                     self._replicator.vdi, pg, pool,
                 )  # fmt: skip
-                self.losses += 1
-                self._lost.set()
+                lost.add((pool, pg))
+        if lost:
+            self.losses += 1
+            self._lost.set()
+            self.on_loss()
+            self._replicator.fail_groups(lost)
 
     async def wait_lost(self) -> None:
         """Wait until writes may have been lost, and the map be mended."""
@@ -80,9 +86,10 @@ class Unflushed:
             self._lost = trio.Event()
             await self._lost.wait()
 
-    def mended(self, losses: int) -> None:
-        """The map names only what is left after so many losses."""
+    def mended(self, losses: int) -> bool:
+        """The map names only what is left after so many losses; tells if that were all."""
         self._mended = losses
+        return losses == self.losses
 
     def told(self) -> None:
         """Whoever flushes has learnt of all losses so far, or the next one will."""

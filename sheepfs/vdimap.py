@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from sheepfs.core.errors import ProtocolError
 from sheepfs.core.geometry import (
@@ -44,6 +44,9 @@ class VdiMap:
         self.pages: dict[int, array[int]] = {}
         self.load_range = load_range
         self._dirty: set[int] = set()
+        self._born: dict[int, dict[int, int]] = {}
+        """Page number -> object index -> a version before that of the object's creation, as long
+        as the map that names the object is not stored."""
         self.creating: set[int] = set()
 
     def get(self, index: int) -> int | None:
@@ -93,9 +96,14 @@ class VdiMap:
             if base + i not in self.pages:
                 self.pages[base + i] = _parse(data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
 
-    def begin_create(self, index: int, layer: int) -> None:
-        """The object is being created: writes go to it, but the map on disk does not name it."""
+    def begin_create(self, index: int, layer: int, after: int = 0) -> None:
+        """The object is being created: writes go to it, but the map on disk does not name it.
+
+        Args:
+            after: an earlier version than that of the creation; `born_after` tells it.
+        """
         self._set(index, layer)
+        self._born.setdefault(index // MAP_ENTRIES_PER_BLOCK, {})[index] = after
         self.creating.add(index)
 
     def end_create(self, index: int, created: bool) -> None:
@@ -110,6 +118,19 @@ class VdiMap:
         """The object of `index` is that of another layer now; it exists on all members."""
         self._set(index, layer)
         self._dirty.add(index // MAP_ENTRIES_PER_BLOCK)
+
+    def born_after(self, index: int) -> int:
+        """Give a version that is earlier than all of an object that no stored map names yet.
+
+        A copy that is not later was deleted, and a crash has brought it back.
+        """
+        return self._born.get(index // MAP_ENTRIES_PER_BLOCK, {}).get(index, 0)
+
+    def stored(self, numbers: Iterable[int]) -> None:
+        """These pages are durable as they were taken."""
+        for number in numbers:
+            if number not in self._dirty:
+                self._born.pop(number, None)
 
     def discard(self, index: int) -> None:
         """Make an object a hole."""

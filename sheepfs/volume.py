@@ -66,6 +66,7 @@ class Volume(MapOwner):
         reader = ObjectReader(router, record.id)
         vdi_map = VdiMap(record.maps, self._load_map)
         super().__init__(name, reader, vdi_map, nursery, record.layer, record.size)
+        reader.is_unsure = lambda: self._mending is not None
         self.record = record
         self.handles = 0
         self.on_idle: Callable[[Volume], None] = lambda volume: None
@@ -182,6 +183,7 @@ class Volume(MapOwner):
             self.replicator = Replicator(
                 self._router, self._nursery, record.id, attachment.token, attachment.generation
             )
+            self.replicator.unflushed.on_loss = self._is_losing
             self._use_map(self.replicator)
             if self._convergence.pending:
                 # What the last holder had acknowledged and not flushed is this one's to flush.
@@ -258,6 +260,7 @@ class Volume(MapOwner):
             if self._scope:
                 self._scope.cancel()
             replicator.close()
+            self._has_mended()
             self._reader.token = 0
             flusher.fail_waiting()
             record = self._current_record(durable=problem is None)
@@ -422,6 +425,7 @@ class Volume(MapOwner):
     async def _seek(self, offset: int, *, data: bool) -> int | None:
         if not self.attachment and not self._reader_map_is_good():
             await self.look_again()
+        await self._mended()
         return await seek(self._map, self._extents, self._size, offset, data=data)
 
     async def _extents(self, oid: int) -> bytes:

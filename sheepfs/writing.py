@@ -216,7 +216,7 @@ class MapWriter(MapReader):
         if self.flusher is not None:
             self.flusher.discarded.pop(oid, None)
         self._allocated += OBJECT_SIZE
-        vdi_map.begin_create(index, self.open_layer)
+        vdi_map.begin_create(index, self.open_layer, replicator.last_version)
 
         def created(code: int) -> None:
             vdi_map.end_create(index, not code)

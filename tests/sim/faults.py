@@ -72,15 +72,16 @@ class Faults:
         self.world.history.say("FAULT", what)
 
     def _node(self) -> SimNode | None:
-        up = [node for node in self.world.nodes if node.is_up]
+        """Give a node that runs and has no damage.
+
+        What was damaged since its last flush, a node that then starts anew cannot know.
+        """
+        up = [node for node in self.world.nodes if node.is_up and node is not self.world.spoiled]
         return self.world.rng.choice(up) if up else None
 
     def _losing(self) -> SimNode | None:
-        """Give a node that may lose what it has not synced: where one has damage, that one."""
-        spoiled = self.world.spoiled
-        if spoiled is None:
-            return self._node()
-        return spoiled if spoiled.is_up else None
+        """Give a node that may lose what it has not synced; none where one has damage."""
+        return None if self.world.spoiled else self._node()
 
     def _to_spoil(self) -> SimNode | None:
         """Give the one node that may get damage, if all others have good copies now."""
@@ -196,6 +197,9 @@ class Faults:
             with self._down(node):
                 with trio.move_on_after(self._some_time()):
                     await node.ended()
+                others = [other for other in self.world.nodes if other is not node]
+                if not (self.world.is_whole() if node.is_up else all(n.is_up for n in others)):
+                    self._lost()
                 await node.kill(power=True)
 
     async def fail_syncs_of_all(self) -> None:

@@ -32,6 +32,11 @@ async def lose_power(cluster: StaticCluster, mount: StaticMount, *oids: int) -> 
             if store.get(oid) is not None:
                 store.delete(oid)
         store.close(clean=True)
+    await start_all(cluster, mount)
+
+
+async def start_all(cluster: StaticCluster, mount: StaticMount) -> None:
+    """Start all nodes; one of them is the truth."""
     for node in cluster.nodes.values():
         await node.start()
     cluster.publish([2], [1, 3])
@@ -105,6 +110,34 @@ async def test_what_only_seemed_lost_stays(tmp_path: Path) -> None:
         there = await mount_of(cluster, etcd)
         await there.volume.attach()
         assert await there.read(OBJECT_SIZE, BLOCK) == C
+
+
+async def test_what_was_deleted_before_does_not_come_back(tmp_path: Path) -> None:
+    """The discard was durable, the deletion was not, nor what was then made in its place."""
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord(2 * OBJECT_SIZE)
+        here = await mount_of(cluster, etcd)
+        await here.write(OBJECT_SIZE, A)
+        await here.flush()
+        files = {
+            node: next(node.path.glob(f"objects/*/*/{data_object(LAYER, 1):016x}"))
+            for node in cluster.nodes.values()
+        }
+        kept = {node: file.read_bytes() for node, file in files.items()}
+        await here.volume.punch(OBJECT_SIZE, OBJECT_SIZE)
+        await here.flush()
+        await wait_until(lambda: not any(file.exists() for file in files.values()))
+        await here.write(OBJECT_SIZE + BLOCK, B)
+        for node in cluster.nodes.values():
+            node.clean = False
+            node.stop()
+            await node._ended.wait()
+            files[node].write_bytes(kept[node])
+        await start_all(cluster, here)
+        await has_mended(here)
+        assert await here.read(OBJECT_SIZE, 2 * BLOCK) == bytes(2 * BLOCK)
+        await here.write(OBJECT_SIZE + BLOCK, C)
+        assert await here.read(OBJECT_SIZE, 2 * BLOCK) == bytes(BLOCK) + C
 
 
 async def test_a_copy_that_is_gone_leaves_the_frozen_object(tmp_path: Path) -> None:
