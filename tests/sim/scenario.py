@@ -12,9 +12,14 @@ import trio
 import trio.testing
 
 from sheepfs.callbacks import completion, read_bytes
+from sheepfs.cluster import Cluster
 from sheepfs.connecting import join
 from sheepfs.core.errors import HeldElsewhereError
+from sheepfs.core.geometry import data_object, map_object
+from sheepfs.core.metadata import SnapshotRecord, VdiRecord
 from sheepfs.frozen import FrozenVolume
+from sheepfs.inventory import stored_entries
+from sheepfs.objects import ObjectReader
 from sheepfs.volume import Volume
 from sim.clients import OBJECT_SECTORS, Shelf, SimClient
 from sim.faults import Faults
@@ -146,6 +151,7 @@ async def _make_volumes(world: World) -> dict[str, Model]:
 
 async def _check(world: World, shelf: Shelf) -> None:
     """All that was written is there, and all replicas agree."""
+    named: set[int] = set()
     host = world.network.host("checker")
     HOST.set(host)
     async with join(world.etcd_client(host), CLUSTER, "checker", network=host) as cluster:
@@ -168,12 +174,25 @@ async def _check(world: World, shelf: Shelf) -> None:
                 while volume.converging:
                     await trio.sleep(0.1)
             await volume.close()
+            named |= await _named_by(cluster, volume.record)
             world.history.say("-", f"{name} is as it should be")
         for name, model in shelf.snapshots.items():
             async with cluster.opened((await cluster.lookup(name)).id) as frozen:
                 await _check_all(frozen, model, world.history.event())
+            named |= await _named_by(cluster, frozen.record)
             world.history.say("-", f"{name} is as it should be")
-    await world.check_replicas()
+    await world.check_replicas(named)
+
+
+async def _named_by(cluster: Cluster, record: VdiRecord | SnapshotRecord) -> set[int]:
+    """Give the ids of all objects that a map names, and of its map objects."""
+    reader = ObjectReader(cluster.router, record.id)
+    named = {
+        map_object(record.map, i) for i in range(record.maps.bit_length()) if record.maps >> i & 1
+    }
+    async for index, layer in stored_entries(reader, record.map, record.maps):
+        named.add(data_object(layer, index))
+    return named
 
 
 async def _check_all(volume: Volume | FrozenVolume, model: Model, issued: int) -> None:

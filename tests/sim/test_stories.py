@@ -32,7 +32,6 @@ def tell(story: Callable[[World, Cluster], Awaitable[None]]) -> None:
                 async with join(world.etcd_client(host), CLUSTER, "mount", network=host) as cluster:
                     await story(world, cluster)
                     await cluster.close()
-                await world.check_replicas()
 
     with determined(world, 0):
         trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
