@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import trio
 
@@ -21,7 +22,7 @@ from sheepfs.core.metadata import check_cluster_name
 from sheepfs.fuse import daemon
 from sheepfs.fuse import mountpoint as mountpoints
 from sheepfs.fuse.session import serve
-from sheepfs.service import DEFAULT_CLUSTER, DEFAULT_ETCD, calm_garbage_collector
+from sheepfs.service import DEFAULT_CLUSTER, DEFAULT_ETCD, calm_garbage_collector, run_program
 
 log = logging.getLogger(__name__)
 
@@ -274,5 +275,10 @@ def _plain_errors() -> Iterator[None]:
         raise
 
 
+def run() -> NoReturn:
+    """Be the program."""
+    run_program(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

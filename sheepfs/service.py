@@ -1,4 +1,4 @@
-"""What both daemons need to be good services: readiness, logging, common options."""
+"""What programs need to be good services: readiness, logging, common options, an end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import logging
 import os
 import socket
 import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
 
 DEFAULT_ETCD = "127.0.0.1:2379"
 DEFAULT_CLUSTER = "default"
@@ -29,6 +32,32 @@ def notify(state: str) -> None:
             sock.sendall(state.encode())
     except OSError as error:
         logging.getLogger(__name__).warning("cannot notify the service manager: %s", error)
+
+
+def run_program(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's `main` and end the process with what it gives, or with its SystemExit.
+
+    The interpreter's own end is left out: on a busy machine grpc's threads have been seen to keep
+    it waiting for a minute and more, after all was said and closed.
+    """
+    try:
+        code: object = main() or 0
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            # Nobody reads on, or the disk is full: what was to be said is not.
+            code = code or 1
+    os._exit(code)
 
 
 def calm_garbage_collector() -> None:

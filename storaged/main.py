@@ -8,13 +8,20 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import trio
 
 from sheepfs.core.errors import SheepError, UsageError
 from sheepfs.core.metadata import check_cluster_name
 from sheepfs.net.groups import plain_errors
-from sheepfs.service import add_cluster_options, calm_garbage_collector, notify, setup_logging
+from sheepfs.service import (
+    add_cluster_options,
+    calm_garbage_collector,
+    notify,
+    run_program,
+    setup_logging,
+)
 from storaged.daemon import Daemon, Options
 
 log = logging.getLogger(__name__)
@@ -136,5 +143,10 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
+def run() -> NoReturn:
+    """Be the program."""
+    run_program(main)
+
+
 if __name__ == "__main__":
-    main()
+    run()

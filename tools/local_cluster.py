@@ -14,11 +14,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sheepfs_tools.processes import ManagedProcess, StartError, wait_for
 
@@ -53,6 +54,7 @@ class LocalCluster:
         self.cluster = cluster
         self.env: dict[str, str] = {}
         self._taken: set[int] = set()
+        self._reserved: dict[int, TextIO] = {}
         self.ports: dict[str, int] = {}
         self.mounts: dict[Path, ManagedProcess] = {}
         self._restore()
@@ -89,7 +91,7 @@ class LocalCluster:
 
     def _free_port(self, preferred: int | None) -> int:
         for port in [*([preferred] if preferred else []), *FIRST_PORTS, *[0] * 20]:
-            if port in self._taken:
+            if port in self._taken or not self._reserve(port):
                 continue
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -101,6 +103,26 @@ class LocalCluster:
             self._taken.add(found)
             return found
         raise StartError("no free TCP port on 127.0.0.1")
+
+    def _reserve(self, port: int) -> bool:
+        """Keep other clusters away from a port, also while nobody listens there.
+
+        It lasts as long as this process. A restarted daemon must find its port free.
+        """
+        if not port or port in self._reserved:
+            return True
+        path = Path(tempfile.gettempdir()) / f"sheepfs-port-{port}"
+        try:
+            file = path.open("w")
+        except OSError:
+            return True  # Another user's; whether the port is free will be seen.
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            return False
+        self._reserved[port] = file
+        return True
 
     def _choose_ports(self) -> None:
         """Keep the ports of what runs; look for free ones for the rest."""

@@ -6,7 +6,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from sheepfs.service import run_program
 from sheepfs_tools.sheepctl_commandline import module_of
 from sheepfs_tools.sheepctl_parser import build_parser
 
@@ -66,5 +68,10 @@ def main(line: Sequence[str] | None = None) -> int:
         return 130
 
 
+def run() -> NoReturn:
+    """Be the program."""
+    run_program(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

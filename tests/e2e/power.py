@@ -1,0 +1,68 @@
+"""Disks that lose power: a file system in a file, shut down without flushing its log."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+from sheepfs_tools.processes import wait_for
+
+_SHUTDOWN = 0x8004587D
+"""_IOR('X', 125, u32), of ext4 and XFS."""
+_WITHOUT_LOG_FLUSH = 2
+
+
+def missing(kind: str) -> str:
+    """Tell what such a disk needs and is not there."""
+    if os.geteuid() != 0:
+        return "needs root to mount"
+    if not Path("/dev/loop-control").exists():
+        return "needs loop devices"
+    return "" if shutil.which(f"mkfs.{kind}") else f"needs mkfs.{kind}"
+
+
+class LosableDisk:
+    """A file system of its own at `path`.
+
+    Args:
+        kind: "ext4" or "xfs".
+    """
+
+    def __init__(self, image: Path, path: Path, kind: str, size: str = "1G") -> None:
+        self.path = path
+        self._image = image
+        _run("truncate", "-s", size, image)
+        _run(f"mkfs.{kind}", "-q", image)
+        path.mkdir(parents=True)
+        self.mount()
+
+    def mount(self) -> None:
+        """Bring the power back: the file system replays its log."""
+        _run("mount", "-o", "loop", self._image, self.path)
+
+    def cut(self) -> None:
+        """Cut the power: nothing that was not synced reaches the disk from here on."""
+        fd = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, _SHUTDOWN, struct.pack("I", _WITHOUT_LOG_FLUSH))
+        finally:
+            os.close(fd)
+
+    def unmount(self) -> None:
+        """Take it away; whoever used it has ended, and what it had under way ends soon."""
+        wait_for(lambda: not _try("umount", self.path), 30, f"{self.path} to be free")
+
+
+def _try(*argv: str | Path) -> str:
+    """Run a program; give what it complains of if it fails."""
+    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, check=False)
+    return done.stderr or "it failed" if done.returncode else ""
+
+
+def _run(*argv: str | Path) -> None:
+    problem = _try(*argv)
+    assert not problem, f"{argv}: {problem}"

@@ -1,0 +1,160 @@
+"""Real file systems lose power under load: of one node, and of all at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e import stamping
+from e2e.cluster import Mounted
+from e2e.power import LosableDisk, missing
+from e2e.stamping import BLOCK, STAMP
+from e2e.test_e2e_kill_under_load import fio_argv
+from sheepfs_tools.local_cluster import LocalCluster
+from sheepfs_tools.processes import wait_for
+
+
+class Powered:
+    """A mounted cluster whose nodes have disks of their own."""
+
+    def __init__(self, directory: Path, kind: str) -> None:
+        cluster = LocalCluster(directory / "data")
+        cluster.directory.mkdir(parents=True)
+        self.disks = {}
+        for number in cluster.nodes:
+            disk = LosableDisk(directory / f"{number}.img", directory / f"disk{number}", kind)
+            (disk.path / "data").mkdir()
+            cluster.node_directory(number).symlink_to(disk.path / "data")
+            self.disks[number] = disk
+        self.mounted = Mounted(cluster, directory / "mnt")
+
+    def cut(self, *numbers: int) -> None:
+        """Cut the power of these nodes, and bring it back."""
+        for number in numbers:
+            self.disks[number].cut()
+        for number in numbers:
+            self.mounted.cluster.nodes[number].kill()
+        for number in numbers:
+            self.disks[number].unmount()
+            self.disks[number].mount()
+            self.mounted.cluster.start_node(number, wait=False)
+        self.mounted.wait_healthy()
+
+    def destroy(self) -> None:
+        """Take everything away."""
+        self.mounted.cluster.destroy()
+        for disk in self.disks.values():
+            subprocess.run(["umount", disk.path], check=False, capture_output=True)
+
+
+@pytest.fixture(params=["ext4", "xfs"])
+def powered(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Powered]:
+    if reason := missing(request.param):
+        pytest.skip(reason)
+    cluster = Powered(tmp_path, request.param)
+    try:
+        cluster.mounted.start()
+        yield cluster
+    finally:
+        cluster.destroy()
+
+
+def test_fio_notices_nothing_when_one_node_after_the_other_loses_power(
+    powered: Powered, soak: bool
+) -> None:
+    rounds = 20 if soak else 2
+    mounted = powered.mounted
+    path = mounted.create("load", "256M")
+    fio = subprocess.Popen(
+        fio_argv(path, "4k", 4.0 * rounds + 5),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_for(lambda: path.stat().st_blocks > 0, 10, "fio to write")
+        for turn in range(rounds):
+            powered.cut(turn % 3 + 1)
+        output, _ = fio.communicate(timeout=600)
+        assert fio.returncode == 0, output[-3000:]
+    finally:
+        fio.kill()
+        fio.wait()
+    mounted.assert_replicas_agree("load")
+
+
+class Writer:
+    """A process that writes stamped blocks and fsyncs (stamping.py)."""
+
+    def __init__(self, path: Path, log: Path, seed: int, first: int) -> None:
+        self._log = log
+        argv = [sys.executable, stamping.__file__, path, log, str(seed), str(first)]
+        self._process = subprocess.Popen([str(word) for word in argv])
+
+    def fsyncs(self) -> int:
+        """Tell how many succeeded so far."""
+        return self._log.read_text().count("f") if self._log.exists() else 0
+
+    def end(self) -> tuple[dict[int, set[int]], int]:
+        """End it.
+
+        Returns:
+            block -> the numbers that it may hold, for each block written (0: whatever it held
+            before); and the last number.
+        """
+        self._process.kill()
+        self._process.wait(60)
+        legal: dict[int, set[int]] = {}
+        number = 0
+        for line in self._log.read_text().splitlines():
+            what, *numbers = line.split()
+            if what == "w":
+                block, number = map(int, numbers)
+                legal.setdefault(block, {0}).add(number)
+            elif what == "f":
+                # What came before it is durable: only the last one of each block counts.
+                legal = {block: {max(values)} for block, values in legal.items()}
+        return legal, number
+
+
+def test_what_fsync_told_is_there_after_all_nodes_lost_power_at_once(
+    powered: Powered, tmp_path: Path, soak: bool
+) -> None:
+    mounted = powered.mounted
+    path = mounted.create("stamped", "32M")
+    durable: dict[int, set[int]] = {}
+    number = 0
+    for turn in range(20 if soak else 2):
+        writer = Writer(path, tmp_path / f"writer{turn}", turn, number)
+        wait_for(lambda writer=writer: writer.fsyncs() > 20, 30, "some fsyncs")  # type: ignore[misc]
+        powered.cut(1, 2, 3)
+        written, number = writer.end()
+        for block, numbers in written.items():
+            former = durable.get(block, {0}) if 0 in numbers else set()
+            durable[block] = numbers - {0} | former
+        check(path, durable)
+        mounted.assert_replicas_agree("stamped")
+
+
+def check(path: Path, durable: dict[int, set[int]]) -> None:
+    """Each block is what it may be; from then on it is what it was seen to be."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        for block, legal in durable.items():
+            data = os.pread(fd, BLOCK, block * BLOCK)
+            found = {
+                0 if not any(stamp) else stamp[1]
+                for stamp in STAMP.iter_unpack(data)
+                if stamp[0] == block or not any(stamp)
+            }
+            assert found <= legal, f"block {block} has {found}, and may have {legal}"
+            assert found, f"block {block} has another one's bytes"
+            if len(found) == 1:
+                durable[block] = found
+    finally:
+        os.close(fd)
