@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sheepfs_tools.processes import ManagedProcess, StartError, wait_for
 
@@ -54,7 +54,8 @@ class LocalCluster:
         self.cluster = cluster
         self.env: dict[str, str] = {}
         self._taken: set[int] = set()
-        self._reserved: dict[int, TextIO] = {}
+        self._reserved: dict[int, int] = {}
+        """Port -> descriptor of the file whose lock keeps others away from it."""
         self.ports: dict[str, int] = {}
         self.mounts: dict[Path, ManagedProcess] = {}
         self._restore()
@@ -107,22 +108,27 @@ class LocalCluster:
     def _reserve(self, port: int) -> bool:
         """Keep other clusters away from a port, also while nobody listens there.
 
-        It lasts as long as this process. A restarted daemon must find its port free.
+        It lasts until the cluster is stopped. A restarted daemon must find its port free.
         """
         if not port or port in self._reserved:
             return True
         path = Path(tempfile.gettempdir()) / f"sheepfs-port-{port}"
         try:
-            file = path.open("w")
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError:
             return True  # Another user's; whether the port is free will be seen.
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.close()
+            os.close(fd)
             return False
-        self._reserved[port] = file
+        self._reserved[port] = fd
         return True
+
+    def _release_ports(self) -> None:
+        for fd in self._reserved.values():
+            os.close(fd)
+        self._reserved.clear()
 
     def _choose_ports(self) -> None:
         """Keep the ports of what runs; look for free ones for the rest."""
@@ -289,6 +295,7 @@ class LocalCluster:
         for node in self.nodes.values():
             node.stop()
         self.etcd.stop()
+        self._release_ports()
 
     def destroy(self) -> None:
         """Kill everything, take the mounts away, remove the data: for tests."""
@@ -298,6 +305,7 @@ class LocalCluster:
                 unmount_lazily(path)
         for process in self.processes():
             process.kill()
+        self._release_ports()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def processes(self) -> list[ManagedProcess]:

@@ -350,7 +350,7 @@ class LeaderMachine(RuleBasedStateMachine):
                 or (node, run) in self.unreachable
                 or run != before.nodes[node].incarnation
             )
-            assert not gone or new.sync == (node,)
+            assert not gone or new.sync == (node,) or self._all_vanished(new.sync)
         renewed = any(
             after.nodes[n].incarnation != before.nodes[n].incarnation
             for n in new.members
@@ -368,6 +368,12 @@ class LeaderMachine(RuleBasedStateMachine):
                 assert group.sync
                 ids = group.sync + group.joining + group.away
                 assert len(set(ids)) == len(ids)
+
+    def _all_vanished(self, nodes: Collection[int]) -> bool:
+        return not any(
+            node in self.records and (node, self.records[node].incarnation) not in self.unreachable
+            for node in nodes
+        )
 
     def teardown(self) -> None:
         if not hasattr(self, "map"):
