@@ -48,11 +48,13 @@ class Health:
 
 
 def pool_health(cluster_map: ClusterMap, copies: int) -> PoolHealth:
-    """Count one pool's placement groups."""
+    """Count one pool's placement groups; members that vanished all at once are still in `sync`."""
     groups = cluster_map.pools[copies]
     wanted = min(copies, len(cluster_map.nodes))
-    stopped = sum(not cluster_map.writable(copies, pg) for pg in range(len(groups)))
-    whole = sum(len(group.sync) >= wanted for group in groups)
+    down = {n.id for n in cluster_map.nodes.values() if n.state is NodeState.DOWN}
+    up = [sum(node not in down for node in group.sync) for group in groups]
+    stopped = sum(count < cluster_map.needed(copies) for count in up)
+    whole = sum(count >= wanted for count in up)
     return PoolHealth(
         copies,
         len(groups),

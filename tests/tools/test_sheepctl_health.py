@@ -52,6 +52,14 @@ def test_too_few_copies_for_writes_is_down_and_comes_first() -> None:
     assert "take no writes" in health.reasons[0]
 
 
+def test_groups_whose_members_all_vanished_at_once_are_not_whole() -> None:
+    dead = (NodeState.DOWN,) * 3
+    health = assess(cluster(*dead, ACTIVE), {1: "no", 2: "no", 3: "no", 4: answer()})
+    assert health.verdict == "down"
+    assert "take no writes" in health.reasons[0]
+    assert (health.pools[0].whole, health.pools[0].stopped) == (0, GROUPS)
+
+
 def test_no_node_and_no_answering_node_are_down() -> None:
     assert assess(ClusterMap(0, "ab" * 16), {}).verdict == "down"
     assert assess(cluster(*THREE), {n: "refused" for n in (1, 2, 3)}).verdict == "down"
