@@ -49,6 +49,7 @@ class Keys:
         self.building = self.root + "building/"
         self.reclaim = self.root + "reclaim/"
         self.counters = self.root + "counters/"
+        self.settings = self.root + "settings/"
 
     def node(self, node: int) -> str:
         """Key of a node's permanent facts."""
@@ -109,6 +110,10 @@ class Keys:
     def reclaim_family(self, family: int) -> str:
         """Key that asks for a look at what a family does not use any more."""
         return f"{self.reclaim}{family}"
+
+    def setting(self, what: str) -> str:
+        """Key of what operators have set for all daemons, for example `recovery`."""
+        return self.settings + what
 
     def counter(self, what: str) -> str:
         """Key of the last id given out: `node`, `vdi` or `layer`."""
