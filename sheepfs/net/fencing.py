@@ -20,10 +20,13 @@ RETRY_S = 0.05
 
 
 async def fence_everywhere(router: Router, vdi: int, token: int) -> None:
-    """Make every node that the map does not call down refuse tokens of `vdi` below `token`.
+    """Make every node that may serve `vdi`, now or later, refuse its tokens below `token`.
 
-    A node that is down serves nobody, and learns the tokens from a sync member before it serves
-    again. One that is silent is waited for until it answers or is voted out.
+    A node that was voted out serves nobody, and learns the tokens from a sync member before it
+    serves again. One that is silent is waited for until it answers or is voted out. The last
+    members of a group are never voted out, though they are down: they may be alive, cut off from
+    the leader but not from the former holder, and nobody could teach them when they come back.
+    They are waited for, until one of them is back and the others have to learn from it.
 
     Durability: the fences are on disk at every node asked.
 
@@ -49,16 +52,19 @@ async def fence_everywhere(router: Router, vdi: int, token: int) -> None:
                     await router.wait_map()
     silent = ", ".join(str(node) for node, _ in _missing(router, done))
     raise UnreachableError(
-        f"VDI {vdi} cannot be taken: node {silent} neither answers nor has been voted out"
+        f"VDI {vdi} cannot be taken: node {silent} does not answer, and has not been voted out or "
+        "is among the last that hold a group: bring it back (sheepctl cluster status)"
     )
 
 
 def _missing(router: Router, done: set[tuple[int, int]]) -> list[tuple[int, int]]:
     """Nodes that may serve the VDI and have not refused the old holder yet."""
+    last = {n for groups in router.map.pools.values() for group in groups for n in group.sync}
     return [
         (node.id, node.incarnation)
         for node in router.map.nodes.values()
-        if node.state is not NodeState.DOWN and (node.id, node.incarnation) not in done
+        if (node.state is not NodeState.DOWN or node.id in last)
+        and (node.id, node.incarnation) not in done
     ]
 
 

@@ -117,11 +117,17 @@ class StaticCluster:
         """Give the newest map, as etcd would."""
         return self.map
 
-    def publish(self, sync: list[int], joining: list[int] | None = None) -> None:
-        """Make the next epoch: the same members for every group."""
+    def publish(
+        self, sync: list[int], joining: list[int] | None = None, vanished: bool = False
+    ) -> None:
+        """Make the next epoch: the same members for every group.
+
+        Args:
+            vanished: all members are down, and stay, as they are the last.
+        """
         epoch = self.map.epoch + 1
         group = PlacementGroup(epoch, tuple(sync), tuple(joining or ()))
-        self._set(epoch, {self.copies: (group,) * PG_COUNT})
+        self._set(epoch, {self.copies: (group,) * PG_COUNT}, vanished)
 
     def joined(self, node: int, groups: list[JoinedGroup]) -> None:
         """Promote a node that caught up, as the leader would."""
@@ -139,8 +145,11 @@ class StaticCluster:
         if tuple(pgs) != self.map.pools[self.copies]:
             self._set(self.map.epoch + 1, {self.copies: tuple(pgs)})
 
-    def _set(self, epoch: int, pools: dict[int, tuple[PlacementGroup, ...]]) -> None:
+    def _set(
+        self, epoch: int, pools: dict[int, tuple[PlacementGroup, ...]], vanished: bool = False
+    ) -> None:
         members = {n for pgs in pools.values() for g in pgs for n in g.members}
+        members = set() if vanished else members
         nodes = {
             n.node: Node(
                 n.node,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.waiting import wait_until
@@ -173,6 +174,33 @@ async def test_a_fence_survives_a_crash_of_the_node(tmp_path: Path) -> None:
         await wait_until(lambda: len(router.links) == 3)
         with pytest.raises(OperationError):
             await holder.create(OID, b"b" * BLOCK)
+
+
+async def test_a_take_over_waits_for_the_last_members_of_a_group_though_they_are_down(
+    tmp_path: Path,
+) -> None:
+    async with holding(tmp_path) as (cluster, router, _), trio.open_nursery() as nursery:
+        for node in (1, 2, 3):
+            cluster.nodes[node].stop()
+        await wait_until(lambda: not router.links)
+        cluster.publish([1, 2, 3], vanished=True)
+        router.take_map(cluster.map)
+        fenced = trio.Event()
+
+        async def take_over() -> None:
+            await fence_everywhere(router, VDI, 5)
+            fenced.set()
+
+        nursery.start_soon(take_over)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not fenced.is_set()
+        # Node 1 has nobody to learn from: what it is not told now, it would never know.
+        await cluster.nodes[1].start()
+        cluster.publish([1])
+        router.take_map(cluster.map)
+        with trio.fail_after(10):
+            await fenced.wait()
+        assert cluster.nodes[1].replica.tokens[VDI] == 5
 
 
 async def test_replicas_that_differ_are_levelled_before_the_next_holder_reads(
