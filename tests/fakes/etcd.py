@@ -119,6 +119,7 @@ class FakeEtcd:
         """Calls made so far, for tests that count round trips."""
         self._is_partitioned = False
         self._is_silent = False
+        self._is_watching = True
         self._loses_reply = False
         self._fails_commit = False
         self._healed: list[Callable[[], None]] = []
@@ -130,6 +131,15 @@ class FakeEtcd:
     def heal(self) -> None:
         """End the partition; its watches give a hint."""
         self._is_partitioned = False
+        self.watch_again()
+
+    def lose_watches(self) -> None:
+        """Let watches miss what happens, as after a compaction, until `watch_again`."""
+        self._is_watching = False
+
+    def watch_again(self) -> None:
+        """Make the watches anew; each gives a hint."""
+        self._is_watching = True
         for hint in list(self._healed):
             hint()
 
@@ -187,7 +197,8 @@ class FakeEtcd:
         def look() -> None:
             nonlocal seen
             changed.set()
-            if not self._is_partitioned and seen != (seen := now()):
+            is_blind = self._is_partitioned or not self._is_watching
+            if not is_blind and seen != (seen := now()):
                 hint()
 
         hint()

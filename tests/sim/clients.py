@@ -144,9 +144,11 @@ class SimClient:
 
         async def one(operation: Callable[[Volume, Model, str], object]) -> None:
             nonlocal problem
+            self.left += 1  # Should it not come to its end, another one takes its place.
             try:
                 await operation(volume, model, name)  # type: ignore[misc]
                 self.done += 1
+                self.left -= 1
             except SheepError as error:
                 self.say(f"{name} {operation.__name__}: {error}")
                 problem = problem or error

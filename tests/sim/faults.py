@@ -18,7 +18,7 @@ from fakes.faulty_disk import BLOCK
 from sheepfs.core.geometry import BLOCKS_PER_OBJECT as OBJECT_BLOCKS
 from sim.clients import SimClient
 from sim.registers import Volume as Model
-from sim.world import SimNode, World
+from sim.world import POLL_S, SimNode, World
 
 
 class Faults:
@@ -38,12 +38,15 @@ class Faults:
         self.brought = 0
         self._failing = 0
         """Times that all nodes' disks fail at this moment."""
+        self._is_short = False
+        """A disk was lost, and what it had is not on as many others yet: no more may be lost."""
         world.pages_lost = self._pages_lost
         rng = world.rng
         self._kinds: list[Callable[[], Awaitable[None]]] = [
             self.kill_node, self.kill_node, self.kill_node_within_a_call, self.cut_power,
             self.pause_node, self.stop_node, self.cut_link, self.isolate, self.slow_disk,
             self.fail_sync, self.fail_read, self.lose_etcd_leader, self.lose_etcd_replies,
+            self.compact_etcd,
             self.fail_syncs_of_all, self.cut_from_etcd, self.kill_client, self.pause_client,
             self.cut_power_of_all, self.slow_link, self.replace_disk, self.fill_disk, self.rot,
             self.spoil_write, self.set_clock,
@@ -77,6 +80,7 @@ class Faults:
         What was damaged since its last flush, a node that then starts anew cannot know.
         """
         up = [node for node in self.world.nodes if node.is_up and node is not self.world.spoiled]
+        up = [] if self._is_short else up
         return self.world.rng.choice(up) if up else None
 
     def _losing(self) -> SimNode | None:
@@ -146,7 +150,7 @@ class Faults:
 
     async def cut_power_of_all(self) -> None:
         """Of all nodes at once."""
-        if self.world.spoiled is not None:
+        if self.world.spoiled is not None or self._is_short:
             return
         self.say("cut the power of all nodes")
         self._lost()
@@ -204,7 +208,7 @@ class Faults:
 
     async def fail_syncs_of_all(self) -> None:
         """Of a bad batch of disks: whoever notices leaves; then the power goes."""
-        if self.world.spoiled is not None:
+        if self.world.spoiled is not None or self._is_short:
             return
         self.say("fail a sync of all nodes")
         self._failing += 1
@@ -234,9 +238,13 @@ class Faults:
         if node is None or world.spoiled or world.out_after_s > 60 or not world.is_whole():
             return
         self.say(f"empty the disk of {node.name}")
+        self._is_short = True
         with self._down(node):
             await node.replace_disk()
             await trio.sleep(self._some_time())
+        while not world.is_whole():
+            await trio.sleep(POLL_S)
+        self._is_short = False
 
     async def fill_disk(self) -> None:
         """Up to the reserve, or wholly; for a while."""
@@ -314,11 +322,14 @@ class Faults:
         client = self.world.clients.get(name)
         if client is not None:
             client.partition(silent=self.world.rng.random() < 0.5)
-        await trio.sleep(self.world.rng.choice((0.5, 4.0, 12.0)))
+        await self._some_time_of_etcd()
         if client is not None:
             client.heal()
 
     # -- etcd -------------------------------------------------------------------------------
+
+    async def _some_time_of_etcd(self) -> None:
+        await trio.sleep(self.world.rng.choice((0.5, 4.0, 12.0)))
 
     async def cut_from_etcd(self) -> None:
         """One program."""
@@ -342,6 +353,15 @@ class Faults:
         await trio.sleep(self._some_time())
         for client in self.world.clients.values():
             client.trouble = 0.0
+
+    async def compact_etcd(self) -> None:
+        """Watches end, and miss what happens until they are made anew."""
+        self.say("etcd is compacted")
+        for client in self.world.clients.values():
+            client.lose_watches()
+        await self._some_time_of_etcd()
+        for client in self.world.clients.values():
+            client.watch_again()
 
     # -- clocks -----------------------------------------------------------------------------
 

@@ -31,10 +31,15 @@ class SimNetwork:
     Args:
         rng: latencies are drawn from it.
         latency_s: mean time from one host to another.
+        far: for each way from one host to another one of these is drawn: so many times as long.
     """
 
-    def __init__(self, rng: random.Random, latency_s: float = 0.0002) -> None:
+    def __init__(
+        self, rng: random.Random, latency_s: float = 0.0002, far: Sequence[float] = (1.0,)
+    ) -> None:
         self.latency_s = latency_s
+        self._far = far
+        self._factors: dict[tuple[str, str], float] = {}
         self.hosts: dict[str, SimHost] = {}
         self._rng = rng
         self.slow_s: dict[tuple[str, str], float] = {}
@@ -67,7 +72,10 @@ class SimNetwork:
 
     def latency(self, source: str = "", target: str = "") -> float:
         """Draw how long something takes from one host to another."""
-        mean_s = self.latency_s + self.slow_s.get((source, target), 0.0)
+        way = source, target
+        if way not in self._factors:
+            self._factors[way] = self._rng.choice(self._far)
+        mean_s = self.latency_s * self._factors[way] + self.slow_s.get(way, 0.0)
         return self._rng.expovariate(1 / mean_s)
 
     # -- faults -----------------------------------------------------------------------------

@@ -76,10 +76,17 @@ def retry_failed_sync(put: Put) -> None:
 def delete_strays_unconfirmed(put: Put) -> None:
     """What a sync member did not list is deleted, although it may have been made since."""
 
-    def plan(ours: Any, theirs: Any, fresh: Any) -> Any:
-        todo = original(ours, theirs, fresh)
+    def plan(ours: Any, theirs: Any, fresh: set[int]) -> Any:
+        todo: Any = original(ours, theirs, fresh)
         listed = {item.oid for item in theirs}
-        return todo._replace(strays=[item.oid for item in ours if item.oid not in listed])
+
+        def strays() -> Iterator[int]:
+            # When all is pulled: what was made meanwhile is fresh.
+            for oid in [*todo.strays, *sorted(fresh - listed)]:
+                fresh.discard(oid)
+                yield oid
+
+        return todo._replace(strays=strays())
 
     original = catchup.plan
     put(recovery, "plan", plan)

@@ -194,7 +194,11 @@ class World:
         """Ids of nodes that never come back."""
         self.spoiled: SimNode | None = None
         """The one node whose disk may hold other data than was written."""
-        self.network = SimNetwork(random.Random(rng.random()), rng.choice((0.0001, 0.0005, 0.003)))
+        self.network = SimNetwork(
+            random.Random(rng.random()),
+            rng.choice((0.0001, 0.0005, 0.003)),
+            rng.choice(((1.0,), (1.0, 1.0, 30.0), (1.0, 10.0, 100.0))),
+        )
         self.threads = Threads(random.Random(rng.random()))
         self.etcd = SimEtcdServer()
         self._etcd_rng = random.Random(rng.random())
