@@ -92,6 +92,18 @@ class Router:
         self._keep_links()
         for listener in self.on_map:
             listener(old, new)
+        self._give_up_on_lost(old)
+
+    def _give_up_on_lost(self, old: ClusterMap) -> None:
+        """Break the links to nodes that were voted out: a hung one would never answer.
+
+        What waits for an answer goes to whoever is left. A node that lives is linked to again.
+        """
+        for node in self.map.nodes.values():
+            former = old.nodes.get(node.id)
+            was_up = former is not None and former.state is not NodeState.DOWN
+            if was_up and node.state is NodeState.DOWN and (link := self.link(node.id)):
+                link.close()
 
     def take_encoded(self, data: Buffer) -> None:
         """Take a map as it came in a frame."""

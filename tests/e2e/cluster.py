@@ -41,6 +41,10 @@ class Mounted:
         content: dict[str, Any] = json.loads(done.stdout) if done.stdout else {}
         return content
 
+    def state_of(self, number: int) -> str:
+        """Give a node's state in the map, as `sheepctl node list` shows it."""
+        return {n["node"]: str(n["state"]) for n in self.status()["nodes"]}[number]
+
     def wait_healthy(self, deadline_s: float = SETTLE_S) -> None:
         """Wait until all three nodes are active and no group is degraded or catching up."""
 

@@ -100,6 +100,11 @@ class Writer:
         """Tell how many succeeded so far."""
         return self._log.read_text().count("f") if self._log.exists() else 0
 
+    def errors(self) -> list[int]:
+        """Give the errno that ended it, if one did."""
+        lines = self._log.read_text().splitlines()
+        return [int(line.split()[1]) for line in lines if line.startswith("e")]
+
     def end(self) -> tuple[dict[int, set[int]], int]:
         """End it.
 

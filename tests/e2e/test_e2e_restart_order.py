@@ -59,7 +59,7 @@ def test_only_who_has_all_writes_serves_whatever_the_order(
                 if number == last:
                     break
                 wait_for(
-                    lambda number=number: state(cluster, number) != "down",  # type: ignore[misc]
+                    lambda number=number: cluster.state_of(number) != "down",  # type: ignore[misc]
                     SERVED_S,
                     f"node {number} to be back",
                 )
@@ -90,10 +90,6 @@ def kill(cluster: Mounted, number: int) -> None:
     """Kill a node, and wait until the others know; whether the last one is gone, nobody can."""
     cluster.cluster.nodes[number].kill()
     if any(node.pid is not None for node in cluster.cluster.nodes.values()):
-        wait_for(lambda: state(cluster, number) == "down", SERVED_S, f"node {number} to be missed")
-
-
-def state(cluster: Mounted, number: int) -> str:
-    """Give a node's state in the map."""
-    states = {node["node"]: str(node["state"]) for node in cluster.status()["nodes"]}
-    return states[number]
+        wait_for(
+            lambda: cluster.state_of(number) == "down", SERVED_S, f"node {number} to be missed"
+        )

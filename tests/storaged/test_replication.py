@@ -176,6 +176,30 @@ async def test_a_fence_survives_a_crash_of_the_node(tmp_path: Path) -> None:
             await holder.create(OID, b"b" * BLOCK)
 
 
+async def test_what_a_hung_member_was_asked_goes_to_the_others_once_it_is_voted_out(
+    tmp_path: Path,
+) -> None:
+    async with holding(tmp_path) as (cluster, _, holder), trio.open_nursery() as nursery:
+        await holder.create(OID, b"a" * BLOCK)
+        for op in (Op.READ, Op.WRITE, Op.FLUSH):
+            cluster.nodes[3].server.handlers[op] = lambda client, header, payload: None
+        found: list[bytes] = []
+        for _ in cluster.nodes:  # Reads go round.
+            holder.reader.read(
+                OID, 0, BLOCK,
+                lambda _, buffers: found.append(b"".join(buffers)),
+                lambda work, _: nursery.start_soon(work),
+            )  # fmt: skip
+        await wait_until(lambda: len(found) == 2)
+        nursery.start_soon(holder.flush)
+        nursery.start_soon(holder.write, OID, b"b" * BLOCK)
+        await trio.testing.wait_all_tasks_blocked()
+        cluster.publish([1, 2])
+        await wait_until(lambda: len(found) == 3)
+        # What still waits has a deadline.
+    assert set(found) <= {b"a" * BLOCK, b"b" * BLOCK}
+
+
 async def test_a_take_over_waits_for_the_last_members_of_a_group_though_they_are_down(
     tmp_path: Path,
 ) -> None:
