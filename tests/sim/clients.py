@@ -55,6 +55,8 @@ class SimClient:
         self.pause_s = 0.0
         """Mean time between two operations."""
         self.cluster: Cluster | None = None
+        self.under_way: dict[object, tuple[float, str]] = {}
+        """Operations: when they began, and what they are."""
         self._scope = trio.CancelScope()
         self._random = Random(world.rng.random())
         self._values = (number << 40) + 1
@@ -144,6 +146,8 @@ class SimClient:
 
         async def one(operation: Callable[[Volume, Model, str], object]) -> None:
             nonlocal problem
+            key = object()
+            self.under_way[key] = trio.current_time(), f"{operation.__name__} of {name}"
             self.left += 1  # Should it not come to its end, another one takes its place.
             try:
                 await operation(volume, model, name)  # type: ignore[misc]
@@ -155,6 +159,7 @@ class SimClient:
             except AssertionError as error:
                 self.world.fail(error)
             finally:
+                del self.under_way[key]
                 slots.release()
 
         async with trio.open_nursery() as nursery:

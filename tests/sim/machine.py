@@ -64,6 +64,11 @@ class SimEtcd(FakeEtcd):
         self.trouble = 0.0
         """Share of commits whose outcome stays unknown to the caller."""
 
+    @property
+    def is_well(self) -> bool:
+        """Whether this client has no trouble of its own."""
+        return self._is_watching and not self._is_partitioned and not self.trouble
+
     async def _call(self) -> None:
         host = self._host
         await trio.sleep(host.network.latency())

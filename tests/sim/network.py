@@ -98,6 +98,11 @@ class SimNetwork:
             and target.alive
         )
 
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing is cut and nothing is slow."""
+        return not self._cut and not self.slow_s
+
     def retry(self) -> None:
         """Deliver what was held up and can go on."""
         for direction in list(self._streams):

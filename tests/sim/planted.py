@@ -9,6 +9,7 @@ from typing import Any
 from sheepfs import changes
 from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.wire import Header
+from sheepfs.net import router
 from storaged import recovery, replica
 from storaged.logic import catchup, gate, leader
 from storaged.store import dirtylog, flush
@@ -108,11 +109,17 @@ def level_from_the_stale_side(put: Put) -> None:
     put(leader, "_next_group", next_group)
 
 
+def keep_links_to_the_voted_out(put: Put) -> None:
+    """Who hangs is waited for, although it was voted out."""
+    put(router.Router, "_give_up_on_lost", lambda self, old: None)
+
+
 PLANTED: dict[str, Callable[[Put], None]] = {
     plant.__name__: plant
     for plant in (
         acknowledge_early, skip_epoch_check, serve_before_caught_up, forget_dirty_marks,
         retry_failed_sync, delete_strays_unconfirmed, level_from_the_stale_side,
+        keep_links_to_the_voted_out,
     )
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from sheepfs.frozen import FrozenVolume
 from sheepfs.inventory import stored_entries
 from sheepfs.objects import ObjectReader
 from sheepfs.volume import Volume
+from sim import stalls
 from sim.clients import OBJECT_SECTORS, Shelf, SimClient
 from sim.faults import Faults
 from sim.machine import HOST
@@ -123,10 +124,13 @@ async def _main(world: World, size: Size, outcome: Outcome) -> None:
         faults = Faults(world, clients, shelf.models, size.left_out)
         for client in clients:
             client.pause_s = faults.gap_s * size.faults * size.clients / size.operations
-        async with trio.open_nursery() as nursery:
-            for client in clients:
-                nursery.start_soon(client.run)
-            nursery.start_soon(faults.run, size.faults)
+        async with trio.open_nursery() as watching:
+            watching.start_soon(stalls.watch, world, clients)
+            async with trio.open_nursery() as nursery:
+                for client in clients:
+                    nursery.start_soon(client.run)
+                nursery.start_soon(faults.run, size.faults)
+            watching.cancel_scope.cancel()
         outcome.operations = sum(client.done for client in clients)
         outcome.faults = faults.brought
         world.history.say("-", "all operations are done")
