@@ -340,7 +340,10 @@ async def _read_ours(
     catalog = Catalog(attachment.store, attachment.keys)
     try:
         name, record, revision = await catalog.find(attachment.vdi)
-    except VdiNotFoundError:
+    except VdiNotFoundError as error:
+        if await attachment.store.get(attachment.keys.config) is None:
+            # An etcd that lost its data is no other than one that does not answer (I10).
+            raise UnreachableError("the cluster is not in etcd: was etcd's data lost?") from error
         attachment.lost.set()
         return None
     lock = await attachment.store.get(attachment.keys.lock(attachment.vdi))

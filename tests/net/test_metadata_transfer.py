@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -14,7 +15,7 @@ from sheepfs.core.errors import SheepError, UnreachableError, UsageError, WrongC
 from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import ClusterConfig, Keys
 from sheepfs.core.metadata_export import Export
-from sheepfs.net.attach import attach, detach, force_unlock
+from sheepfs.net.attach import attach, detach, force_unlock, reclaim_after_lease_loss, save
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.metadata_transfer import Imported, export_metadata, import_metadata
 from sheepfs.net.store import LeaseKeeper
@@ -103,6 +104,37 @@ async def test_tokens_and_generations_go_on_above_those_of_the_lost_etcd(
     await into(newer, await export_metadata(new, KEYS, 1e9))
     await force_unlock(newer, KEYS, vdi, fences)
     await hold(newer, vdi, fences)
+
+
+async def test_a_holder_goes_on_as_before_when_the_cluster_is_back(
+    autojump_clock: MockClock,
+) -> None:
+    etcd = await old_cluster()
+    fences = Fences()
+    async with trio.open_nursery() as nursery:
+        keeper = LeaseKeeper(etcd)
+        await nursery.start(keeper.run)
+        held = await attach(etcd, KEYS, "vm1.raw", "host:1:/mnt", keeper, fences)
+        token = held.token
+        export = await export_metadata(etcd, KEYS, 1e9)
+        await keeper.revoke()
+        etcd.server.keys.clear()
+        with pytest.raises(UnreachableError, match="lost"):
+            await save(held, lambda record: record)
+        another = LeaseKeeper(etcd)
+        await nursery.start(another.run)
+        nursery.start_soon(reclaim_after_lease_loss, held, another)
+        await trio.sleep(20)
+        assert KEYS.lock(held.vdi) not in etcd.server.keys
+        await into(etcd, export)
+        await trio.sleep(20)
+        assert KEYS.lock(held.vdi) in etcd.server.keys
+        await save(held, lambda record: replace(record, size=5 << 20))
+        assert held.token == token
+        assert not held.lost.is_set()
+        await detach(held, lambda record: record)
+        assert await hold(etcd, held.vdi, fences) > held.generation
+        nursery.cancel_scope.cancel()
 
 
 async def test_new_ids_are_none_that_were_given_out_after_the_export(
