@@ -112,6 +112,13 @@ def test_a_directory_in_use_is_refused_and_a_daemon_is_kept_away(place: Path) ->
         assert store.was_clean
 
 
+def test_a_copy_without_a_lock_file_is_read_and_gets_none(place: Path) -> None:
+    (place / "lock").unlink()
+    with OfflineDirectory.open(place) as directory:
+        assert directory.oids() == [OID]
+    assert not (place / "lock").exists()
+
+
 def test_what_is_no_data_directory_is_refused_with_a_reason(place: Path, tmp_path: Path) -> None:
     def refusal(path: Path, kind: type[SheepError]) -> str:
         with pytest.raises(kind) as caught, OfflineDirectory.open(path):
