@@ -120,7 +120,7 @@ def _summary(directory: OfflineDirectory, verify: bool, as_json: bool) -> int:
 
 
 def _walk(directory: OfflineDirectory, verify: bool, quiet: bool) -> _Found:
-    """Read all headers, and all data if asked; say at once what is damaged."""
+    """Read all headers, and all data if asked."""
     found = _Found()
     oids = directory.oids()
     with progress("verify" if verify else "headers", len(oids), quiet, things=True) as moved:

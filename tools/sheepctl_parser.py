@@ -20,6 +20,8 @@ examples:
   sheepctl snapshot list vm1               its snapshots
   sheepctl vdi delete vm1                  into the trash, for an hour
   sheepctl trash restore vm1               and back
+  sheepctl metadata export /backup/etcd    what etcd keeps, for the day it is lost
+  sheepctl rescue --list --data /mnt/disk1 VDIs from disks alone
 
 names:
   vm1 means the VDI vm1.raw. Its snapshot daily is vm1@daily, vm1.raw@daily or vm1@daily.raw,
