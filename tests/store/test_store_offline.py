@@ -141,6 +141,12 @@ def test_what_is_no_data_directory_is_refused_with_a_reason(place: Path, tmp_pat
     assert "damaged" in refusal(place, CorruptError)
 
 
+def test_a_lost_superblock_can_be_borrowed_from_another_node(place: Path, tmp_path: Path) -> None:
+    other = twin(tmp_path, "other", DATA, 5)
+    (place / "sheepfs.json").write_bytes((other / "sheepfs.json").read_bytes())
+    assert salvage(place).content()[: len(DATA)] == DATA
+
+
 def test_a_flipped_bit_is_found_and_only_its_block_is_lost(place: Path) -> None:
     change(file_of(place), 5 * BLOCK_SIZE + 1, b"\0")
     with OfflineDirectory.open(place) as directory:
