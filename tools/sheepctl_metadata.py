@@ -6,7 +6,8 @@ import argparse
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
 
 import trio
 
@@ -16,6 +17,7 @@ from sheepfs.core.metadata_export import Export
 from sheepfs.net.etcd import Etcd
 from sheepfs.net.metadata_transfer import export_metadata, import_metadata
 from sheepfs.net.store import Store
+from sheepfs_tools.export_age import refuse_older
 from sheepfs_tools.progress import progress
 from sheepfs_tools.sheepctl_output import moment, print_json
 from sheepfs_tools.transfer_files import (
@@ -28,6 +30,8 @@ from sheepfs_tools.transfer_files import (
     read_stream,
     write_all,
 )
+from storaged.store.offline import OfflineDirectory
+from storaged.store.salvage import Salvage
 
 
 @asynccontextmanager
@@ -90,6 +94,10 @@ async def read_export(path: str) -> Export:
 async def metadata_import(arguments: argparse.Namespace) -> int:
     """Put an exported cluster into an etcd that has none of its name."""
     export = await read_export(arguments.file)
+    with ExitStack() as stack:
+        paths = dict.fromkeys(map(Path, arguments.data))
+        salvage = Salvage([stack.enter_context(OfflineDirectory.open(path)) for path in paths])
+        refuse_older(export, salvage)
     async with _store(arguments) as (store, keys):
         total = sum(map(len, export.keys.values()))
         with progress("import", total, arguments.json) as moved:

@@ -74,7 +74,13 @@ def _add_metadata(area: Area) -> None:
         "bring an exported cluster back into an etcd that lost it",
         "All daemons must be stopped; they keep their data directories and are started after it.\n"
         "A cluster of that name that is there already is left alone. An import that was\n"
-        "interrupted is completed by the same command; until then no daemon starts.",
-        ["metadata import /backup/etcd.json", "--cluster prod metadata import - < etcd.json"],
+        "interrupted is completed by the same command; until then no daemon starts.\n"
+        "With data directories at hand, --data refuses an export that is older than the data.",
+        [
+            "metadata import /backup/etcd.json",
+            "metadata import /backup/etcd.json --data /srv/sheep/disk1 /srv/sheep/disk2",
+            "--cluster prod metadata import - < etcd.json",
+        ],
     )
     incoming.word("file", "an export; - is standard input", metavar="FILE")
+    incoming.several("--data", "DIR", "refuse an export that knows less than these directories")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sheepfs.core.errors import UsageError
 from sheepfs.core.geometry import (
     BLOCK_SIZE,
     OBJECT_SIZE,
@@ -18,11 +19,20 @@ from sheepfs.core.geometry import (
     make_layer,
     map_object,
 )
-from sheepfs.core.metadata import ClusterConfig, NameRecord, SnapshotRecord, VdiRecord
+from sheepfs.core.metadata import (
+    ClusterConfig,
+    FencingRecord,
+    NameRecord,
+    SnapshotRecord,
+    VdiRecord,
+)
 from sheepfs.core.metadata_export import Export
 from sheepfs_tools import sheepctl_rescue
+from sheepfs_tools.export_age import refuse_older
 from sheepfs_tools.sheepctl import main
 from storaged.store.objects import ObjectStore
+from storaged.store.offline import OfflineDirectory
+from storaged.store.salvage import Salvage
 
 CLUSTER = "c" * 32
 MAP = make_layer(4, 1, 3)
@@ -88,6 +98,7 @@ def place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Place:
         make(disk, objects)
     keys = {
         "config": ClusterConfig(CLUSTER).encode(),
+        "counters/layer": b"6",
         "vdis/vm1.raw": VdiRecord(7, SIZE, 3, OPEN, MAP, FROZEN, maps=1).encode(),
         "vdi-names/7": NameRecord("vm1.raw").encode(),
         "snapshots/7/daily": SnapshotRecord(
@@ -286,6 +297,55 @@ def test_the_metadata_of_another_cluster_is_refused(place: Place) -> None:
     )
     assert code == 2
     assert "of cluster" in err
+
+
+# -- an export and the data ------------------------------------------------------------------
+
+
+def refusal(place: Place, **changed: bytes | None) -> str:
+    """Compare the directories with an export that differs in these keys; give what is told."""
+    keys = dict(Export.decode(place.export.read_bytes()).keys)
+    for key, value in changed.items():
+        keys.pop(key, None)
+        if value is not None:
+            keys[key] = value
+    export = Export(CLUSTER, "default", 1e9, 9, keys)
+    with OfflineDirectory.open(place.disks[0]) as directory:
+        try:
+            refuse_older(export, Salvage([directory]))
+        except UsageError as error:
+            return str(error)
+    return ""
+
+
+def test_an_export_is_refused_only_if_it_is_older_than_the_data(place: Place) -> None:
+    def vm1(size: int, maps: int) -> bytes:
+        return VdiRecord(7, size, 3, OPEN, MAP, FROZEN, maps=maps).encode()
+
+    assert refusal(place) == ""
+    assert "were made later" in refusal(place, **{"counters/layer": b"5"})
+    assert "for the first time" in refusal(place, **{"vdis/vm1.raw": vm1(SIZE, 0)})
+    assert "vm1.raw grew" in refusal(place, **{"vdis/vm1.raw": vm1(5 * OBJECT_SIZE, 1)})
+    store = ObjectStore.open(place.disks[0])
+    store.set_token(7, 9)
+    store.close()
+    assert refusal(place) == ""
+    store = ObjectStore.open(place.disks[0])
+    store.set_token(7, 10)
+    store.close()
+    assert "attached later (id 7)" in refusal(place)
+    assert refusal(place, fencing=FencingRecord(1 << 40, 1).encode()) == ""
+
+
+def test_import_asks_the_directories_before_it_asks_etcd(place: Place) -> None:
+    make_older = ObjectStore.open(place.disks[1])
+    make_older.set_token(7, 10)
+    make_older.close()
+    code, _, err = place.sheepctl(
+        "--etcd", "127.0.0.1:1", "metadata", "import", place.export, "--data", *place.disks
+    )
+    assert code == 2
+    assert "older than the data" in err
 
 
 # -- inspect --------------------------------------------------------------------------------
