@@ -95,7 +95,8 @@ class Daemon:
         keys = Keys(options.cluster)
         store = self._machine.etcd(options.etcd)
         try:
-            config = await self._config(store, keys)
+            known = ObjectStore.cluster_of(options.data_dir, self._machine.disk)
+            config = await self._config(store, keys, known)
             objects = ObjectStore.open(
                 options.data_dir, cluster=config.cluster, create=True, disk=self._machine.disk
             )
@@ -112,12 +113,12 @@ class Daemon:
         if self._disk_error is not None:
             raise self._disk_error
 
-    async def _config(self, store: Store, keys: Keys) -> ClusterConfig:
+    async def _config(self, store: Store, keys: Keys, known: str) -> ClusterConfig:
         """Wait for etcd: after a power cut all machines start at once."""
         complained = False
         while True:
             try:
-                return await ensure_config(store, keys, self._options.pg_count)
+                return await ensure_config(store, keys, self._options.pg_count, known)
             except UnreachableError as error:
                 if not complained:
                     log.warning("waiting for etcd: %s", error)

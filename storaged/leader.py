@@ -266,6 +266,9 @@ class Leader:
         wanted, _ = await self._store.list(keys.pools)
         pools = {kv.key.removeprefix(keys.pools) for kv in wanted}
         found = await self._store.get(keys.map)
+        if found is None and await self._store.get(keys.config) is None:
+            # A map made from nothing would call groups whole that nobody has the data of.
+            raise ProtocolError("the cluster is not in etcd any more: was etcd's data lost?")
         current = ClusterMap.decode(found.value) if found else ClusterMap(0, self._config.cluster)
         return _Seen(
             map=current,

@@ -24,6 +24,7 @@ from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import ProtocolError, UnreachableError, WrongClusterError
 from sheepfs.core.kv import Put, Transaction, Unchanged
 from sheepfs.core.metadata import AliveRecord, ClusterConfig, Keys, NodeRecord
+from sheepfs.net.metadata_transfer import refuse_half_done
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, LeaseKeeper, Store
 
 log = logging.getLogger(__name__)
@@ -33,22 +34,35 @@ WITHDRAW_S = 2.0
 """How long a clean stop waits for etcd; the lease ends by itself anyway."""
 
 
-async def ensure_config(store: Store, keys: Keys, pg_count: int = 256) -> ClusterConfig:
+async def ensure_config(
+    store: Store, keys: Keys, pg_count: int = 256, known: str = ""
+) -> ClusterConfig:
     """Give the cluster's fixed facts; the first daemon of a cluster makes them.
 
     Args:
         pg_count: placement groups of each pool, if the cluster has yet to be made.
+        known: the cluster that the data directory belongs to, if it is not new.
 
     Raises:
         UnreachableError: etcd does not answer; calling again is safe.
+        WrongClusterError: the data directory's cluster is not in etcd (any more).
+        UsageError: an import of the cluster has not come to its end.
         ProtocolError: what etcd holds is no config of a format that this version knows.
     """
     while True:
         found = await store.get(keys.config)
         if found is not None:
             return ClusterConfig.decode(found.value)
+        await refuse_half_done(store, keys)
+        if known:
+            raise WrongClusterError(
+                f"this data directory is of cluster {known}, which is not in this etcd. Is this"
+                " the right etcd and cluster name? If etcd's data was lost, bring it back with"
+                " sheepctl metadata import"
+            )
         config = ClusterConfig(uuid.uuid4().hex, pg_count, time.time())
-        created = Transaction([Unchanged(keys.config, 0)], [Put(keys.config, config.encode())])
+        conditions = [Unchanged(keys.config, 0), Unchanged(keys.importing, 0)]
+        created = Transaction(conditions, [Put(keys.config, config.encode())])
         if await store.commit(created) is not None:
             log.info("made cluster %s with %d placement groups a pool", config.cluster, pg_count)
 

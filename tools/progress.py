@@ -14,11 +14,14 @@ Moved = Callable[[int], None]
 
 
 @contextlib.contextmanager
-def progress(title: str, total_bytes: int | None, quiet: bool) -> Iterator[Moved]:
+def progress(
+    title: str, total_bytes: int | None, quiet: bool, things: bool = False
+) -> Iterator[Moved]:
     """Show a bar on a terminal (standard error); elsewhere nothing.
 
     Args:
         total_bytes: None when it is not known before the end.
+        things: it is no bytes that are counted.
     """
     if quiet or not sys.stderr.isatty():
         yield lambda _count: None
@@ -27,17 +30,21 @@ def progress(title: str, total_bytes: int | None, quiet: bool) -> Iterator[Moved
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
+    counts: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
+    if not things:
+        counts = (DownloadColumn(binary_units=True), TransferSpeedColumn())
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *counts,
         TimeRemainingColumn(),
     )
     bar = Progress(*columns, console=Console(stderr=True), transient=True)

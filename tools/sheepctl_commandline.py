@@ -42,6 +42,12 @@ def common_options(defaults: bool) -> argparse.ArgumentParser:
     return parser
 
 
+def function_of(arguments: argparse.Namespace) -> str:
+    """Give the name of that function: `vdi_create`, or `inspect` of a command without verbs."""
+    verb = getattr(arguments, "verb", "")
+    return f"{arguments.area}_{verb}" if verb else str(arguments.area)
+
+
 class Verb:
     """One command, and its arguments."""
 
@@ -71,6 +77,13 @@ class Verb:
     def option(self, name: str, metavar: str, help: str, default: str | None = None) -> Verb:
         """Add an option with a text."""
         self._parser.add_argument(name, metavar=metavar, default=default, help=help)
+        return self
+
+    def several(self, name: str, metavar: str, help: str) -> Verb:
+        """Add an option that takes one or more texts, and may stand more than once."""
+        self._parser.add_argument(
+            name, metavar=metavar, nargs="+", action="extend", default=[], help=help
+        )
         return self
 
     def number(self, name: str, metavar: str, help: str, default: int | None = None) -> Verb:
@@ -113,19 +126,35 @@ class Area:
             examples: command lines, the word `sheepctl` left out.
             module: where its function is, if not in the area's module.
         """
-        parser: argparse.ArgumentParser = self._verbs.add_parser(
-            name,
-            help=summary,
-            description=sentence(summary) + ("\n" + more.strip("\n") if more else ""),
-            epilog="examples:\n" + "\n".join(f"  sheepctl {line}" for line in examples)
-            if examples
-            else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+        return command(
+            self._verbs, name, summary, more, examples, module or self._module,
             parents=[common_options(False)],
-        )
-        parser.add_argument("--json", action="store_true", help="print JSON")
-        parser.set_defaults(module=module or self._module)
-        return Verb(parser)
+        )  # fmt: skip
+
+
+def command(
+    group: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    more: str,
+    examples: Sequence[str],
+    module: str,
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> Verb:
+    """Add a command to an area, or beside the areas; the arguments are those of `Area.verb`."""
+    parser: argparse.ArgumentParser = group.add_parser(
+        name,
+        help=summary,
+        description=sentence(summary) + ("\n" + more.strip("\n") if more else ""),
+        epilog="examples:\n" + "\n".join(f"  sheepctl {line}" for line in examples)
+        if examples
+        else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=list(parents),
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(module=module)
+    return Verb(parser)
 
 
 def sentence(summary: str) -> str:

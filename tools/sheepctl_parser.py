@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sheepfs_tools.sheepctl_commandline import SNAPSHOT, TRASH, VDI, Area, common_options
+from sheepfs_tools.sheepctl_parser_rescue import add_rescue
 from sheepfs_tools.sheepctl_parser_vdi import add_vdi
 
 DESCRIPTION = "Administer a sheepfs cluster: disks, snapshots, the trash, the cluster itself."
@@ -19,6 +20,8 @@ examples:
   sheepctl snapshot list vm1               its snapshots
   sheepctl vdi delete vm1                  into the trash, for an hour
   sheepctl trash restore vm1               and back
+  sheepctl metadata export /backup/etcd    what etcd keeps, for the day it is lost
+  sheepctl rescue --list --data /mnt/disk1 VDIs from disks alone
 
 names:
   vm1 means the VDI vm1.raw. Its snapshot daily is vm1@daily, vm1.raw@daily or vm1@daily.raw,
@@ -48,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_vdi(Area(areas, "vdi", "virtual disk images", "sheepctl_vdi"))
     _add_snapshot(Area(areas, "snapshot", "snapshots of VDIs", "sheepctl_snapshot"))
     _add_trash(Area(areas, "trash", "what is deleted and can be restored", "sheepctl_trash"))
+    add_rescue(areas)
     completion = areas.add_parser(
         "completion",
         help="print a completion script for a shell",

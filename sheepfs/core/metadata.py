@@ -50,6 +50,8 @@ class Keys:
         self.reclaim = self.root + "reclaim/"
         self.counters = self.root + "counters/"
         self.settings = self.root + "settings/"
+        self.fencing = self.root + "fencing"
+        self.importing = self.root + "importing"
 
     def node(self, node: int) -> str:
         """Key of a node's permanent facts."""
@@ -269,6 +271,25 @@ class LockRecord(Record):
     """`host:pid:mountpoint` for messages."""
     token: int = 0
     """Fencing number; 0 until a reclaim: the revision of the transaction that put this lock."""
+
+
+@dataclass(frozen=True, slots=True)
+class FencingRecord(Record):
+    """`fencing`: what tokens and generations begin at; there only after an import."""
+
+    base: int = 0
+    """Added to etcd's revision, which makes a token: a new etcd counts from 1 again."""
+    generation: int = 0
+    """No attach has a lower one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImportRecord(Record):
+    """`importing`: an import is under way, or ended half-way; there is no `config` yet."""
+
+    checksum: str
+    """Of the file that is imported: only the same one completes it."""
+    started: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

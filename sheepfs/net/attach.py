@@ -4,8 +4,9 @@ Always holds:
 - The lock key and the record's generation change in one transaction; a lock is ours exactly when
   it carries our generation, whatever revision an answer that got lost has given it.
 - `attach` returns only after the fence refused every older token on the storage nodes.
-- The token is the revision of the transaction that attached, so it only grows; taking the lock
-  back after a lost lease keeps it, since nobody else attached in between.
+- The token is the revision of the transaction that attached (on the base that an import sets), so
+  it only grows; taking the lock back after a lost lease keeps it, since nobody else attached in
+  between.
 - A holder without etcd stays holder until etcd says that somebody else is (I10).
 Source: docs/etcd.md.
 """
@@ -30,6 +31,7 @@ from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
 from sheepfs.core.metadata import Keys, LockRecord, VdiRecord
 from sheepfs.net.catalog import Backoff, Catalog, VdiChange, held_by
 from sheepfs.net.store import RETRY_S, LeaseGoneError, LeaseKeeper, Store
+from sheepfs.net.tokens import read_floor
 
 log = logging.getLogger(__name__)
 
@@ -107,21 +109,23 @@ async def attach(
         lock = await store.get(keys.lock(record.id))
         if lock is not None and not _is_left_over(lock, owner, lease):
             raise held_by(name, lock)
-        generation = record.generation + 1
+        floor = await read_floor(store, keys)
+        generation = floor.generation_after(record.generation)
         mine = dataclasses.replace(record, generation=generation, clean=False)
         held = Attachment(record.id, 0, generation, mine, record.clean, owner, store, keys)
         txn = Transaction(
             [
                 Unchanged(keys.vdi(name), revision),
                 Unchanged(keys.lock(record.id), 0 if lock is None else lock.mod_revision),
+                floor.unchanged,
             ],
             [Put(keys.vdi(name), mine.encode()), held.lock_put(lease.lease)],
         )
         try:
-            token = await store.commit(txn)
-            if token is not None:
-                held.token = token
-                await fence(record.id, token)
+            revision_now = await store.commit(txn)
+            if revision_now is not None:
+                held.token = floor.token(revision_now)
+                await fence(record.id, held.token)
                 if record.next:
                     await _go_on_with_next(held)
                 return held
@@ -265,19 +269,22 @@ async def force_unlock(store: Store, keys: Keys, which: str | int, fence: Fence)
     while True:
         name, record, revision = await catalog.find(which)
         lock = await store.get(keys.lock(record.id))
-        taken = dataclasses.replace(record, generation=record.generation + 1)
+        floor = await read_floor(store, keys)
+        generation = floor.generation_after(record.generation)
+        taken = dataclasses.replace(record, generation=generation)
         conditions = [
             Unchanged(keys.vdi(name), revision),
             Unchanged(keys.lock(record.id), 0 if lock is None else lock.mod_revision),
+            floor.unchanged,
         ]
         changes: list[Put | Delete] = [Put(keys.vdi(name), taken.encode())]
         if lock is not None:
             changes.append(Delete(lock.key))
-        token = await store.commit(Transaction(conditions, changes))
-        if token is not None:
+        revision_now = await store.commit(Transaction(conditions, changes))
+        if revision_now is not None:
             break
         await backoff.wait()
-    await fence(record.id, token)
+    await fence(record.id, floor.token(revision_now))
     if lock is None:
         return None
     try:
@@ -333,7 +340,10 @@ async def _read_ours(
     catalog = Catalog(attachment.store, attachment.keys)
     try:
         name, record, revision = await catalog.find(attachment.vdi)
-    except VdiNotFoundError:
+    except VdiNotFoundError as error:
+        if await attachment.store.get(attachment.keys.config) is None:
+            # An etcd that lost its data is no other than one that does not answer (I10).
+            raise UnreachableError("the cluster is not in etcd: was etcd's data lost?") from error
         attachment.lost.set()
         return None
     lock = await attachment.store.get(attachment.keys.lock(attachment.vdi))

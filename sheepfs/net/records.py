@@ -42,6 +42,7 @@ from sheepfs.core.metadata import (
     check_vdi_name,
     snapshot_file,
 )
+from sheepfs.net.metadata_transfer import refuse_half_done
 from sheepfs.net.store import Store
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class Records:
         """Read what is fixed for the cluster. Raises UsageError when there is no such cluster."""
         found = await self._store.get(self._keys.config)
         if found is None:
+            await refuse_half_done(self._store, self._keys)
             cluster = self._keys.root.split("/")[2]
             raise UsageError(
                 f"there is no cluster called {cluster!r} in this etcd: "

@@ -135,7 +135,9 @@ class DataDirectory:
             try:
                 lock_fd = _lock(disk, path, create)
             except BlockingIOError as error:
-                raise UsageError(f"{path} is in use by another daemon") from error
+                raise UsageError(
+                    f"{path} is in use by another daemon, or being looked at offline"
+                ) from error
             try:
                 block = superblock.read(disk)
                 made = block is None
@@ -153,6 +155,20 @@ class DataDirectory:
             raise disk_error(error, str(path)) from error
         store._lock_fd = lock_fd
         return store
+
+    @staticmethod
+    def cluster_of(path: Path, disk: Disk | None = None) -> str:
+        """Give the id of the cluster that a directory belongs to; "" if it is not there or new.
+
+        Raises WrongClusterError, CorruptError, DiskError as `open` does.
+        """
+        try:
+            block = superblock.read(disk or FileDisk(path))
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise disk_error(error, str(path)) from error
+        return "" if block is None else block.cluster
 
     def _load(self, made: bool) -> None:
         """Find out what there is (OSError, CorruptError)."""

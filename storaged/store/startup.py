@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from xxhash import xxh3_64_intdigest
@@ -52,12 +52,28 @@ def take_index(disk: Disk) -> list[StoredObject] | None:
         return None
     disk.unlink(INDEX)
     disk.fsync_dir("")
+    found = _checked(data)
+    if found is None:
+        log.warning("the index of the last stop is damaged; reading the headers instead")
+        return None
+    return _entries(*found)
+
+
+def stopped_cleanly(disk: Disk) -> bool:
+    """Tell whether there is an index that can be trusted; nothing is changed (OSError)."""
+    try:
+        return _checked(read_file(disk, INDEX)) is not None
+    except FileNotFoundError:
+        return False
+
+
+def _checked(data: bytes) -> tuple[memoryview, int] | None:
+    """Give the records and their number; None if the index is damaged."""
     if len(data) >= _HEADER.size:
         magic, count, check = _HEADER.unpack_from(data)
         body = memoryview(data)[_HEADER.size :]
         if magic == _MAGIC and xxh3_64_intdigest(body) == check:
-            return _entries(body, count)
-    log.warning("the index of the last stop is damaged; reading the headers instead")
+            return body, count
     return None
 
 
@@ -78,19 +94,25 @@ def scan(disk: Disk, cluster: int) -> list[StoredObject]:
     leaves, the one with the higher version stays; the other goes to quarantine.
     """
     found: dict[int, StoredObject] = {}
+    for entry in object_files(disk):
+        _read_entry(disk, cluster, entry)
+        rival = found.get(entry.oid)
+        if rival is not None:
+            entry, loser = sorted((entry, rival), key=_trust, reverse=True)
+            log.error("object %s is there twice: quarantined %s", entry.oid, loser.path)
+            disk.rename(loser.path, quarantine_path(disk, loser))
+            disk.fsync_dir("quarantine")
+            disk.fsync_dir(loser.directory)
+        found[entry.oid] = entry
+    return list(found.values())
+
+
+def object_files(disk: Disk) -> Iterator[StoredObject]:
+    """Give an entry for each object file, by its name alone (OSError)."""
     for pool in _numbers(disk, "objects", 10, 1, range(1, 256)):
         for pg in _numbers(disk, f"objects/{pool}", 16, 4, range(1 << 16)):
             for oid in _numbers(disk, f"objects/{pool}/{pg:04x}", 16, 16, range(1 << 64)):
-                entry = _read_entry(disk, cluster, StoredObject(oid, pool, pg))
-                rival = found.get(oid)
-                if rival is not None:
-                    entry, loser = sorted((entry, rival), key=_trust, reverse=True)
-                    log.error("object %s is there twice: quarantined %s", oid, loser.path)
-                    disk.rename(loser.path, quarantine_path(disk, loser))
-                    disk.fsync_dir("quarantine")
-                    disk.fsync_dir(loser.directory)
-                found[oid] = entry
-    return list(found.values())
+                yield StoredObject(oid, pool, pg)
 
 
 def quarantine_path(disk: Disk, entry: StoredObject) -> str:
@@ -113,7 +135,7 @@ def _trust(entry: StoredObject) -> tuple[bool, int]:
     return entry.state != CORRUPT, entry.version
 
 
-def _read_entry(disk: Disk, cluster: int, entry: StoredObject) -> StoredObject:
+def _read_entry(disk: Disk, cluster: int, entry: StoredObject) -> None:
     fd = disk.open(entry.path)
     try:
         meta = disk.pread(fd, META_SIZE, META_OFFSET)
@@ -130,7 +152,6 @@ def _read_entry(disk: Disk, cluster: int, entry: StoredObject) -> StoredObject:
         entry.state = CORRUPT
     finally:
         disk.close(fd)
-    return entry
 
 
 def _numbers(disk: Disk, path: str, base: int, width: int, allowed: range) -> list[int]:

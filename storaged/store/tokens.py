@@ -16,7 +16,7 @@ class TokenLog:
     """Highest token of each VDI, kept in `tokens.log`. Thread-safe."""
 
     def __init__(self, disk: Disk, health: Health) -> None:
-        self._log = RecordLog(disk, "tokens.log", b"SHEEPTOK", "<QQ")
+        self._log = _log(disk)
         self._health = health
         self._lock = threading.Lock()
         self._tokens: dict[int, int] = {}
@@ -33,11 +33,9 @@ class TokenLog:
                 must not serve, its data directory is made anew and resynced from the peers.
             OSError: the disk failed.
         """
-        records, damaged = self._log.load()
+        self._tokens, damaged = _load(self._log)
         if damaged:
             raise CorruptError("tokens.log is damaged: make the data directory anew")
-        for vdi, token in records:
-            self._tokens[vdi] = max(token, self._tokens.get(vdi, 0))
         self._log.rewrite(self._tokens.items())
 
     def all(self) -> dict[int, int]:
@@ -75,3 +73,23 @@ class TokenLog:
         """Close the file."""
         with self._lock:
             self._log.close()
+
+
+def read_tokens(disk: Disk) -> tuple[dict[int, int], bool]:
+    """Give VDI -> highest token, and whether any that was kept is gone; nothing is changed.
+
+    Raises OSError.
+    """
+    return _load(_log(disk))
+
+
+def _log(disk: Disk) -> RecordLog:
+    return RecordLog(disk, "tokens.log", b"SHEEPTOK", "<QQ")
+
+
+def _load(records: RecordLog) -> tuple[dict[int, int], bool]:
+    tokens: dict[int, int] = {}
+    good, damaged = records.load()
+    for vdi, token in good:
+        tokens[vdi] = max(token, tokens.get(vdi, 0))
+    return tokens, damaged

@@ -17,7 +17,8 @@ from sheepfs.core.errors import (
     UnreachableError,
     VdiNotFoundError,
 )
-from sheepfs.core.metadata import Keys, LockRecord, VdiRecord
+from sheepfs.core.kv import Put, Transaction
+from sheepfs.core.metadata import ClusterConfig, Keys, LockRecord, VdiRecord
 from sheepfs.net.attach import (
     Attachment,
     attach,
@@ -93,6 +94,7 @@ class World:
 @pytest.fixture
 async def world(nursery: trio.Nursery) -> World:
     server, nodes = FakeServer(), Nodes()
+    server.commit(Transaction([], [Put(KEYS.config, ClusterConfig("c" * 32).encode())]))
     catalog = Catalog(server.client(), KEYS)
     made = await catalog.create("vm", 1 << 30)
     mounts = [Mount(server, name, nodes, nursery) for name in ("one", "other")]

@@ -9,7 +9,7 @@ from trio.testing import MockClock
 from fakes.etcd import FakeEtcd, FakeServer
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import UnreachableError
-from sheepfs.core.kv import Put, Transaction
+from sheepfs.core.kv import Delete, Put, Transaction
 from sheepfs.core.metadata import ClusterConfig, Keys
 from storaged.leader import Leader
 from storaged.membership import Announcer
@@ -60,6 +60,7 @@ class Daemon:
 class Cluster:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.server = FakeServer()
+        self.server.commit(Transaction([], [Put(KEYS.config, CONFIG.encode())]))
         self.running: dict[str, Daemon] = {}
         self._nursery = nursery
 
@@ -331,6 +332,18 @@ async def test_after_an_outage_of_etcd_that_outlasts_all_leases_nothing_changes(
         await trio.sleep(20)
         assert len(cluster.leaders()) == 1
         assert cluster.map == before
+
+
+async def test_no_map_is_made_in_an_etcd_that_has_lost_the_cluster(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        everything = [Delete(key) for key in cluster.server.keys]
+        await cluster.server.client().commit(Transaction([], everything))
+        await cluster.want_pool(3)
+        await until(lambda: len(cluster.leaders()) == 1 and KEYS.leader in cluster.server.keys)
+        await trio.sleep(20)
+        assert KEYS.map not in cluster.server.keys
 
 
 async def test_a_commit_whose_reply_was_lost_is_found_and_published(
