@@ -124,18 +124,18 @@ async def test_a_lost_lease_is_replaced_and_the_incarnation_stays(
         nursery.cancel_scope.cancel()
 
 
-async def test_draining_is_announced_at_once(
+async def test_another_weight_is_announced_at_once(
     fake_etcd: FakeEtcd, autojump_clock: trio.testing.MockClock
 ) -> None:
     me = announcer(fake_etcd)
     async with trio.open_nursery() as nursery:
         await nursery.start(me.run)
         await until_announced(fake_etcd)
-        me.change(draining=True)
+        me.change_weight(20.0)
         await trio.sleep(0.1)
         record = await alive_record(fake_etcd, 1)
         assert record is not None
-        assert record.draining
+        assert record.weight == 20.0
         nursery.cancel_scope.cancel()
 
 

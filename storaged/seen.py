@@ -1,0 +1,98 @@
+"""What the leader sees of etcd at one look: all that a decision is made from.
+
+Always holds: what cannot be read is left out and complained about; it stops nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sheepfs.core.clustermap import ClusterMap
+from sheepfs.core.errors import ProtocolError, SheepError
+from sheepfs.core.kv import KeyValue
+from sheepfs.core.metadata import AcceptedLoss, AliveRecord, Keys, NodeWish
+from sheepfs.net.store import Store
+
+Complain = Callable[[str, SheepError], None]
+"""Called with a message that has a place for the error."""
+
+_POOLS = frozenset("12345")
+_NodeRecord = TypeVar("_NodeRecord", AliveRecord, NodeWish)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What etcd held.
+
+    Attributes:
+        accepted_revision: of the operator's word on losses; 0: there is none.
+    """
+
+    map: ClusterMap
+    map_revision: int
+    alive: Mapping[int, AliveRecord]
+    pools: frozenset[int]
+    wishes: Mapping[int, NodeWish]
+    accepted: AcceptedLoss | None
+    accepted_revision: int
+
+
+async def look(
+    store: Store, keys: Keys, cluster: str, revision: int, complain: Complain
+) -> Seen | None:
+    """Read what there is to judge; None when the leader key is not at `revision` any more.
+
+    Raises:
+        UnreachableError: etcd does not answer.
+        ProtocolError: the map is of a format that this version does not know.
+    """
+    mine = await store.get(keys.leader)
+    if mine is None or mine.mod_revision != revision:
+        return None
+    alive = _records(
+        AliveRecord,
+        (await store.list(keys.alive))[0],
+        lambda error: complain("a daemon of another version wants to join: %s", error),
+    )
+    wishes = _records(
+        NodeWish,
+        (await store.list(keys.wishes))[0],
+        lambda error: complain("what is wanted of a node cannot be read: %s", error),
+    )
+    wanted, _ = await store.list(keys.pools)
+    pools = {kv.key.removeprefix(keys.pools) for kv in wanted}
+    word = await store.get(keys.accepted_loss)
+    accepted = None
+    if word is not None:
+        try:
+            accepted = AcceptedLoss.decode(word.value)
+            accepted.chosen()
+        except ProtocolError as error:
+            accepted = None
+            complain("the word on accepted losses cannot be read: %s", error)
+    found = await store.get(keys.map)
+    return Seen(
+        map=ClusterMap.decode(found.value) if found else ClusterMap(0, cluster),
+        map_revision=found.mod_revision if found else 0,
+        alive=alive,
+        pools=frozenset(int(copies) for copies in pools if copies in _POOLS),
+        wishes=wishes,
+        accepted=accepted,
+        accepted_revision=word.mod_revision if word else 0,
+    )
+
+
+def _records(
+    kind: type[_NodeRecord], found: list[KeyValue], complain: Callable[[SheepError], None]
+) -> dict[int, _NodeRecord]:
+    records = {}
+    for kv in found:
+        try:
+            record = kind.decode(kv.value)
+        except ProtocolError as error:
+            complain(error)
+        else:
+            records[record.id] = record
+    return records
