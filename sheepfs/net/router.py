@@ -117,7 +117,7 @@ class Router:
         await self._map_event.wait()
 
     def _keep_links(self) -> None:
-        """One task for each incarnation that may be up; those of others and of removed nodes end."""
+        """One task for each incarnation that may be up; all others end."""
         if self._nursery is None:
             return
         for removed in self._keepers.keys() - self.map.nodes.keys():
