@@ -94,6 +94,9 @@ class Leader:
         self._ping_limit = trio.CapacityLimiter(PARALLEL_PINGS)
         self._joined: dict[Joined, None] = {}
         self._reported: set[Run] = set()
+        self._seen = Seen(ClusterMap(0, config.cluster))
+        self._at_rest: object = None
+        """What was judged last, if nothing was to be changed."""
         self._wake = trio.Event()
         self._urgent = trio.Event()
 
@@ -232,11 +235,10 @@ class Leader:
         """Do one round; tells whether this daemon still leads."""
         self._wake = trio.Event()
         try:
-            seen = await look(
-                self._store, self._keys, self._config.cluster, self._revision, self._complain
-            )
+            seen = await look(self._store, self._keys, self._seen, self._revision, self._complain)
             if seen is None:
                 return False
+            self._seen = seen
             await self._decide(seen)
         except UnreachableError as error:
             self._note_outage(error)
@@ -261,10 +263,14 @@ class Leader:
             if node.state is NodeState.DOWN and node.id != self._announcer.node
         ]
         taken = list(self._joined)
+        unreachable = self._reach.unreachable(voted_out)
+        judged = (seen, alive, unreachable)
+        if not taken and judged == self._at_rest:
+            return
         following = decide(
             seen.map,
             alive,
-            self._reach.unreachable(voted_out),
+            unreachable,
             seen.pools,
             self._config.pg_count,
             taken,
@@ -277,6 +283,9 @@ class Leader:
         if is_news and not await self._commit(seen, following):
             self._wake.set()  # Look again: who leads, and what is the map?
             return
+        # While somebody is down, time alone may change the decision.
+        is_all_up = all(node.state is not NodeState.DOWN for node in seen.map.nodes.values())
+        self._at_rest = judged if following is None and is_all_up else None
         if following is not None:
             _log_changes(seen.map, following)
             _log_losses(seen, following)

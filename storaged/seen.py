@@ -6,7 +6,7 @@ Always holds: what cannot be read is left out and complained about; it stops nob
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from sheepfs.core.clustermap import ClusterMap
@@ -31,18 +31,21 @@ class Seen:
     """
 
     map: ClusterMap
-    map_revision: int
-    alive: Mapping[int, AliveRecord]
-    pools: frozenset[int]
-    wishes: Mapping[int, NodeWish]
-    accepted: AcceptedLoss | None
-    accepted_revision: int
+    map_revision: int = 0
+    alive: Mapping[int, AliveRecord] = field(default_factory=dict)
+    pools: frozenset[int] = frozenset()
+    wishes: Mapping[int, NodeWish] = field(default_factory=dict)
+    accepted: AcceptedLoss | None = None
+    accepted_revision: int = 0
 
 
 async def look(
-    store: Store, keys: Keys, cluster: str, revision: int, complain: Complain
+    store: Store, keys: Keys, known: Seen, revision: int, complain: Complain
 ) -> Seen | None:
     """Read what there is to judge; None when the leader key is not at `revision` any more.
+
+    Args:
+        known: the look before; its map is not decoded again if it is still the same.
 
     Raises:
         UnreachableError: etcd does not answer.
@@ -73,9 +76,16 @@ async def look(
             accepted = None
             complain("the word on accepted losses cannot be read: %s", error)
     found = await store.get(keys.map)
+    revision = found.mod_revision if found else 0
+    if found is None:
+        current = ClusterMap(0, known.map.cluster)
+    elif revision == known.map_revision:
+        current = known.map
+    else:
+        current = ClusterMap.decode(found.value)
     return Seen(
-        map=ClusterMap.decode(found.value) if found else ClusterMap(0, cluster),
-        map_revision=found.mod_revision if found else 0,
+        map=current,
+        map_revision=revision,
         alive=alive,
         pools=frozenset(int(copies) for copies in pools if copies in _POOLS),
         wishes=wishes,

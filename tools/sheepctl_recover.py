@@ -243,8 +243,8 @@ def _print(cluster_map: ClusterMap, losses: Assessment) -> None:
         ),
     )
     print(
-        "\nLost: reads as an I/O error until it is written anew or deleted. May be old: reads as it"
-        "\nwas when the node that goes on with it last was a full member."
+        "\nLost: reads and writes there fail with an I/O error; restore it from a backup."
+        "\nMay be old: reads as it was when the node that goes on with it last was a full member."
     )
 
 
