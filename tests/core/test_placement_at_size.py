@@ -10,6 +10,7 @@ What is tested, for each size and shape:
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -23,6 +24,7 @@ GROUPS_PER_NODE = 20
 COPIES = 3
 SIZES = (3, 4, 5, 6, 8, 11, 16, 25, 38, 60, 100, 250)
 SHAPES = ("equal", "weights", "zones")
+SOAK = pytest.mark.skipif(os.environ.get("SHEEPFS_SOAK") != "1", reason="takes seconds")
 
 Rows = Sequence[Sequence[int]]
 
@@ -108,7 +110,13 @@ def least_moves(before: Rows, after: Rows, nodes: Mapping[int, Candidate]) -> in
 
 
 @pytest.mark.parametrize(
-    ("size", "shape"), [*product(SIZES, SHAPES), (1000, "equal"), (1000, "zones")]
+    ("size", "shape"),
+    [
+        *product(SIZES, SHAPES),
+        (1000, "equal"),
+        pytest.param(1000, "zones", marks=SOAK),
+        pytest.param(1000, "weights", marks=SOAK),
+    ],
 )
 def test_loads_are_within_five_percent_of_the_weights_and_changes_move_little(
     size: int, shape: str
