@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from sheepfs import __version__
-from sheepfs.core.clustermap import ClusterMap, NodeState
+from sheepfs.core.clustermap import ClusterMap, Node, NodeState
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError
 from sheepfs.core.metadata import ClusterConfig, Keys
 from sheepfs.core.wire import Op
@@ -215,6 +215,7 @@ class _Parts:
     ) -> None:
         node = announcer.node
         self._on_removal = on_removal
+        self._held_until = 0.0
         self.map_changed = trio.Event()
         self._objects = objects
         self._announcer = announcer
@@ -268,12 +269,23 @@ class _Parts:
         if node in self.replica.map.nodes and node not in cluster_map.nodes:
             # Nodes that are only down stay in the map.
             self._on_removal()
+        self._note_hold(cluster_map.nodes.get(node))
         self.replica.set_map(cluster_map)
         self.router.take_map(cluster_map)
         self.recovery.map_changed()
         self.server.publish(cluster_map)
         self.map_changed.set()
         self.map_changed = trio.Event()
+
+    def _note_hold(self, me: Node | None) -> None:
+        """Say why this node is not let in (I12)."""
+        until = me.held_until if me is not None and me.state is NodeState.DOWN else 0.0
+        if me is not None and until > me.down_since and until != self._held_until:
+            log.warning(
+                "this node came back %d times within a short time: it is held out of the cluster"
+                " for %.0f s", me.returns, until - me.down_since,
+            )  # fmt: skip
+        self._held_until = until
 
     async def _tell_joined(self, groups: list[JoinedGroup]) -> None:
         """Tell the leader, whoever of us it is."""

@@ -17,7 +17,7 @@ import trio
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import TerminalError, UnreachableError, UsageError
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
-from sheepfs.core.metadata import BY_CAPACITY, NodeWish
+from sheepfs.core.metadata import BY_CAPACITY, MAX_WEIGHT, NodeWish
 from sheepfs_tools.node_groups import holding, nowhere_to_go, removal_problem
 from sheepfs_tools.progress import counting
 from sheepfs_tools.sheepctl_output import moment, print_facts, print_json, size_or_dash
@@ -129,7 +129,7 @@ async def node_info(arguments: argparse.Namespace) -> int:
         ("state", state),
         ("address", f"{node.address}, incarnation {node.incarnation}"),
         ("zone", node.zone),
-        ("weight", f"{node.weight:g}" + (" (set)" if wish.weight >= 0 else "")),
+        ("weight", f"{node.weight:g}" + (" (set)" if wish.has_weight else "")),
         ("groups", f"{held.sync} whole, {held.joining} catching up, {held.away} expected back"),
         ("objects", told.get("objects", "-")),
         ("space", f"{size_or_dash(told.get('free'))} free of {size_or_dash(told.get('total'))}"),
@@ -164,7 +164,7 @@ def _weight(text: str) -> float:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not 0 <= weight < 1e9:
+    if not 0 <= weight < MAX_WEIGHT:
         raise UsageError(f"weight {text!r}: give a number from 0 on, or auto")
     return weight
 

@@ -197,6 +197,7 @@ class AliveRecord(Record):
     weight: float
 
 
+MAX_WEIGHT = 1e9
 BY_CAPACITY = -1.0
 """A wish's weight: what the node announces, by default the size of its disk in GiB."""
 
@@ -211,6 +212,11 @@ class NodeWish(Record):
     removed: bool = False
     """It leaves the cluster for good, as soon as no placement group needs it."""
     weight: float = BY_CAPACITY
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether operators have set its weight; what is none counts as not set."""
+        return 0 <= self.weight < MAX_WEIGHT
 
     @property
     def leaves(self) -> bool:

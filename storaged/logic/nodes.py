@@ -47,7 +47,7 @@ def next_nodes(
             node = known[node_id]
             if node.state is not NodeState.DOWN:
                 node = gone(node, now)
-            if wish.weight >= 0:
+            if wish.has_weight:
                 node = replace(node, weight=wish.weight)
         # In the map it stays 0 when the node goes down, so that it isn't given data then.
         nodes[node_id] = replace(node, weight=0.0) if wish.leaves else node
@@ -63,7 +63,7 @@ def _live_node(known: Node | None, record: AliveRecord, wish: NodeWish, now: flo
             left = known if known.state is NodeState.DOWN else gone(known, now)
             returns = left.returns + 1
     weight = record.weight
-    if wish.weight >= 0:
+    if wish.has_weight:
         weight = wish.weight
     elif known is not None and abs(known.weight - weight) < SAME_WEIGHT * weight:
         weight = known.weight
