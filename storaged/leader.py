@@ -214,7 +214,7 @@ class Leader:
             async with trio.open_nursery() as nursery:
                 for key in (
                     *(self._keys.alive, self._keys.pools, self._keys.leader),
-                    *(self._keys.wishes, self._keys.accepted_loss),
+                    *(self._keys.wishes, self._keys.accepted_loss, self._keys.settings),
                 ):
                     nursery.start_soon(self._hint, key)
                 nursery.start_soon(self._ping_all)
@@ -278,6 +278,7 @@ class Leader:
             self._out_after_s,
             seen.wishes,
             seen.accepted,
+            seen.patience,
         )
         is_news = following is not None or seen.accepted_revision
         if is_news and not await self._commit(seen, following):

@@ -12,8 +12,9 @@ from typing import TypeVar
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import ProtocolError, SheepError
 from sheepfs.core.kv import KeyValue
-from sheepfs.core.metadata import AcceptedLoss, AliveRecord, Keys, NodeWish
+from sheepfs.core.metadata import AcceptedLoss, AliveRecord, Keys, NodeWish, Patience
 from sheepfs.net.store import Store
+from storaged.logic.leader import DEFAULT_PATIENCE
 
 Complain = Callable[[str, SheepError], None]
 """Called with a message that has a place for the error."""
@@ -37,6 +38,7 @@ class Seen:
     wishes: Mapping[int, NodeWish] = field(default_factory=dict)
     accepted: AcceptedLoss | None = None
     accepted_revision: int = 0
+    patience: Patience = DEFAULT_PATIENCE
 
 
 async def look(
@@ -68,13 +70,13 @@ async def look(
     pools = {kv.key.removeprefix(keys.pools) for kv in wanted}
     word = await store.get(keys.accepted_loss)
     accepted = None
-    if word is not None:
-        try:
-            accepted = AcceptedLoss.decode(word.value)
-            accepted.chosen()
-        except ProtocolError as error:
-            accepted = None
-            complain("the word on accepted losses cannot be read: %s", error)
+    patience = DEFAULT_PATIENCE
+    try:
+        accepted = None if word is None else AcceptedLoss.decode(word.value).checked()
+        if (setting := await store.get(keys.setting("patience"))) is not None:
+            patience = Patience.decode(setting.value)
+    except ProtocolError as error:
+        complain("what operators said cannot be read: %s", error)
     found = await store.get(keys.map)
     revision = found.mod_revision if found else 0
     if found is None:
@@ -91,6 +93,7 @@ async def look(
         wishes=wishes,
         accepted=accepted,
         accepted_revision=word.mod_revision if word else 0,
+        patience=patience,
     )
 
 

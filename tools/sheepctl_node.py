@@ -17,7 +17,7 @@ import trio
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import TerminalError, UnreachableError, UsageError
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
-from sheepfs.core.metadata import BY_CAPACITY, MAX_WEIGHT, NodeWish
+from sheepfs.core.metadata import BY_CAPACITY, MAX_WEIGHT, NodeWish, Patience
 from sheepfs_tools.node_groups import holding, nowhere_to_go, removal_problem
 from sheepfs_tools.progress import counting
 from sheepfs_tools.sheepctl_output import moment, print_facts, print_json, size_or_dash
@@ -147,6 +147,34 @@ async def node_info(arguments: argparse.Namespace) -> int:
     facts.append(("to remove", problem or f"sheepctl node remove {node_id}"))
     print_facts(facts)
     return 0
+
+
+async def node_patience(arguments: argparse.Namespace) -> int:
+    """Show or set how often nodes may come and go."""
+    async with open_session(options(arguments)) as session:
+        key = session.keys.setting("patience")
+        found = await session.store.get(key)
+        patience = Patience() if found is None else Patience.decode(found.value)
+        if arguments.returns is not None:
+            patience = replace(patience, returns=_count("--returns", arguments.returns))
+        if arguments.longest is not None:
+            patience = replace(patience, longest_s=float(_count("--longest", arguments.longest)))
+        if arguments.returns is not None or arguments.longest is not None:
+            await session.store.commit(Transaction([], [Put(key, patience.encode())]))
+    if arguments.json:
+        print_json(asdict(patience))
+    else:
+        print(
+            f"a node that comes back more than {patience.returns} times within a short time is held"
+            f" out for longer each time, up to {patience.longest_s:g} s"
+        )
+    return 0
+
+
+def _count(option: str, value: int) -> int:
+    if not 0 <= value <= 86400:
+        raise UsageError(f"{option} {value}: use 0 to 86400")
+    return value
 
 
 def node_ids(texts: Sequence[str]) -> list[int]:

@@ -58,6 +58,20 @@ def add_node(area: Area) -> None:
     )
     weight.thing("node", NODE, "its number, see sheepctl node list", metavar="NODE")
     weight.word("weight", "relative to other nodes, or auto", metavar="WEIGHT|auto")
+    patience = area.verb(
+        "patience",
+        "how often nodes may come and go before they are held out",
+        "A node that goes again and again without staying for 5 minutes is held out after some\n"
+        "returns: for 5 s, then 10 s, and so on. Without options, shows what is set.",
+        [
+            "node patience",
+            "node patience --returns 5 --longest 60",
+            "node patience --longest 0        hold nobody out",
+        ],
+        "sheepctl_node",
+    )
+    patience.number("--returns", "N", "so many returns cost nothing (at first 3)")
+    patience.number("--longest", "SECONDS", "hold nobody out for longer (at first 300)")
 
 
 def add_recover(area: Area) -> None:

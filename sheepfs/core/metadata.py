@@ -225,6 +225,16 @@ class NodeWish(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Patience(Record):
+    """`settings/patience`: with nodes that come and go."""
+
+    returns: int = 3
+    """So many returns in a row cost nothing."""
+    longest_s: float = 300.0
+    """A node is held out for no longer; 0: nobody is ever held out."""
+
+
+@dataclass(frozen=True, slots=True)
 class AcceptedLoss(Record):
     """`accepted-loss`: the operator's word that the nodes which hold some groups won't come back.
 
@@ -242,6 +252,11 @@ class AcceptedLoss(Record):
         """Make the record of (pool, pg) -> (node, incarnation)."""
         groups = {f"{pool}-{pg}": f"{n}:{run}" for (pool, pg), (n, run) in chosen.items()}
         return cls(epoch, groups)
+
+    def checked(self) -> AcceptedLoss:
+        """Give the record if `chosen` can be read. Raises ProtocolError."""
+        self.chosen()
+        return self
 
     def chosen(self) -> dict[tuple[int, int], tuple[int, int]]:
         """Give (pool, pg) -> (node, incarnation). Raises ProtocolError."""

@@ -16,44 +16,45 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState
-from sheepfs.core.metadata import AliveRecord
+from sheepfs.core.metadata import AliveRecord, Patience
 
-FREE_RETURNS = 3
 FIRST_HOLD_S = 5.0
-LONGEST_HOLD_S = 300.0
 CALM_AFTER_S = 300.0
 """Who stayed for so long has a clean record."""
 
 
-def hold_s(returns: int) -> float:
+def hold_s(returns: int, patience: Patience) -> float:
     """Give how long a node stays out that goes after so many returns."""
-    if returns < FREE_RETURNS:
+    if returns < patience.returns:
         return 0.0
-    return min(FIRST_HOLD_S * 2.0 ** min(returns - FREE_RETURNS, 16), LONGEST_HOLD_S)
+    return min(FIRST_HOLD_S * 2.0 ** min(returns - patience.returns, 16), patience.longest_s)
 
 
-def gone(node: Node, now: float) -> Node:
+def gone(node: Node, now: float, patience: Patience) -> Node:
     """Give the entry of a node that goes down."""
     returns = 0 if now - node.up_since >= CALM_AFTER_S else node.returns
-    hold = hold_s(returns)
+    hold = hold_s(returns, patience)
     return replace(
         node,
         state=NodeState.DOWN,
         down_since=now,
         returns=returns,
-        held_until=now + hold if hold else 0.0,
+        held_until=now + hold if hold > 0 else 0.0,
     )
 
 
-def is_held(node: Node, now: float) -> bool:
+def is_held(node: Node, now: float, patience: Patience) -> bool:
     """Tell whether a node that is down may not come back yet.
 
-    A date that no leader can have meant (another host's clock) holds nobody.
+    A date that no leader can have meant (another host's clock, a setting that has changed) holds
+    nobody.
     """
-    return now < node.held_until <= now + LONGEST_HOLD_S
+    return now < node.held_until <= now + patience.longest_s
 
 
-def held_out(current: ClusterMap, live: Mapping[int, AliveRecord], now: float) -> set[int]:
+def held_out(
+    current: ClusterMap, live: Mapping[int, AliveRecord], now: float, patience: Patience
+) -> set[int]:
     """Give those of the running nodes that are not let in now."""
     held = set()
     staying = set()
@@ -62,11 +63,11 @@ def held_out(current: ClusterMap, live: Mapping[int, AliveRecord], now: float) -
         if node is None:
             continue
         if node.state is NodeState.DOWN:
-            if is_held(node, now):
+            if is_held(node, now, patience):
                 held.add(node_id)
         elif node.incarnation == record.incarnation:
             staying.add(node_id)
-        elif is_held(gone(node, now), now):
+        elif is_held(gone(node, now, patience), now, patience):
             held.add(node_id)
     return held - _needed(current, held, staying) if held else held
 

@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
-from sheepfs.core.metadata import AcceptedLoss, AliveRecord
+from sheepfs.core.metadata import AcceptedLoss, AliveRecord, Patience
 from sheepfs.core.placement import Candidate, place
 from storaged.logic.flapping import held_out
 from storaged.logic.moves import Move, to_begin
@@ -34,6 +34,8 @@ from storaged.logic.nodes import Wishes, admitted, next_nodes, without_removed
 
 OUT_AFTER_S = 600.0
 """A node down for longer is given up: its share is rebuilt elsewhere."""
+
+DEFAULT_PATIENCE = Patience()
 
 Groups = tuple[PlacementGroup, ...]
 
@@ -93,6 +95,7 @@ def decide(
     out_after_s: float = OUT_AFTER_S,
     wishes: Wishes | None = None,
     accepted: AcceptedLoss | None = None,
+    patience: Patience = DEFAULT_PATIENCE,
 ) -> ClusterMap | None:
     """Give the next map, or None when there is nothing to change.
 
@@ -107,6 +110,7 @@ def decide(
         out_after_s: how long a node may be down before it is given up.
         wishes: what operators want of nodes.
         accepted: the operator's word on groups whose nodes won't come back; counts at most once.
+        patience: with nodes that come and go.
     """
     wishes = wishes or {}
     reached = {
@@ -114,9 +118,9 @@ def decide(
         for node, record in admitted(current, alive, wishes).items()
         if (node, record.incarnation) not in unreachable
     }
-    held = held_out(current, reached, now)
+    held = held_out(current, reached, now, patience)
     live = {node: record for node, record in reached.items() if node not in held}
-    nodes = next_nodes(current.nodes, live, wishes, now)
+    nodes = next_nodes(current.nodes, live, wishes, now, patience)
     view = _View(
         epoch=current.epoch + 1,
         live=live.keys(),

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState
-from sheepfs.core.metadata import AliveRecord, NodeWish
+from sheepfs.core.metadata import AliveRecord, NodeWish, Patience
 from storaged.logic.flapping import gone
 
 SAME_WEIGHT = 0.02
@@ -33,7 +33,11 @@ def admitted(
 
 
 def next_nodes(
-    known: Mapping[int, Node], live: Mapping[int, AliveRecord], wishes: Wishes, now: float
+    known: Mapping[int, Node],
+    live: Mapping[int, AliveRecord],
+    wishes: Wishes,
+    now: float,
+    patience: Patience,
 ) -> dict[int, Node]:
     """Give every node's entry; who is live is ACTIVE or DRAINING, everyone else DOWN."""
     nodes = {}
@@ -42,11 +46,11 @@ def next_nodes(
         record = live.get(node_id)
         before = known.get(node_id)
         if record is not None:
-            node = _live_node(before, record, wish, now)
+            node = _live_node(before, record, wish, now, patience)
         else:
             node = known[node_id]
             if node.state is not NodeState.DOWN:
-                node = gone(node, now)
+                node = gone(node, now, patience)
             if wish.has_weight:
                 node = replace(node, weight=wish.weight)
         # In the map it stays 0 when the node goes down, so that it isn't given data then.
@@ -54,13 +58,15 @@ def next_nodes(
     return nodes
 
 
-def _live_node(known: Node | None, record: AliveRecord, wish: NodeWish, now: float) -> Node:
+def _live_node(
+    known: Node | None, record: AliveRecord, wish: NodeWish, now: float, patience: Patience
+) -> Node:
     returns, up_since = 0, now
     if known is not None:
         if known.state is not NodeState.DOWN and known.incarnation == record.incarnation:
             returns, up_since = known.returns, known.up_since
         else:
-            left = known if known.state is NodeState.DOWN else gone(known, now)
+            left = known if known.state is NodeState.DOWN else gone(known, now, patience)
             returns = left.returns + 1
     weight = record.weight
     if wish.has_weight:

@@ -7,17 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sheepfs.core.clustermap import ClusterMap, NodeState
-from sheepfs.core.metadata import AliveRecord
-from storaged.logic.flapping import (
-    CALM_AFTER_S,
-    FIRST_HOLD_S,
-    FREE_RETURNS,
-    LONGEST_HOLD_S,
-    hold_s,
-)
+from sheepfs.core.metadata import AliveRecord, Patience
+from storaged.logic.flapping import CALM_AFTER_S, FIRST_HOLD_S, hold_s
 from storaged.logic.leader import Joined, decide
 
 NODES = (1, 2, 3, 4)
+FREE_RETURNS, LONGEST_HOLD_S = Patience().returns, Patience().longest_s
 
 
 class Cluster:
@@ -28,6 +23,7 @@ class Cluster:
         self.runs = dict.fromkeys(NODES, 1)
         self.up = set(NODES)
         self.map = ClusterMap(0, "c" * 32)
+        self.patience = Patience()
         self.settle()
 
     def look(self) -> None:
@@ -41,7 +37,10 @@ class Cluster:
             for n in group.joining
             if n in alive
         ]
-        self.map = decide(self.map, alive, set(), {3}, 4, joined, self.now) or self.map
+        self.map = (
+            decide(self.map, alive, set(), {3}, 4, joined, self.now, patience=self.patience)
+            or self.map
+        )
 
     def settle(self) -> None:
         for _ in range(20):
@@ -176,9 +175,30 @@ def test_a_date_from_a_clock_that_was_wrong_holds_nobody_out() -> None:
 
 @pytest.mark.parametrize("returns", [0, 1, FREE_RETURNS - 1])
 def test_few_returns_hold_nobody_out(returns: int) -> None:
-    assert hold_s(returns) == 0.0
+    assert hold_s(returns, Patience()) == 0.0
 
 
 @given(st.integers(0, 10**6))
 def test_a_hold_never_shrinks_with_returns_and_is_bounded(returns: int) -> None:
-    assert hold_s(returns) <= hold_s(returns + 1) <= LONGEST_HOLD_S
+    holds = [hold_s(count, Patience()) for count in (returns, returns + 1)]
+    assert holds[0] <= holds[1] <= LONGEST_HOLD_S
+
+
+def test_operators_say_how_patient_the_cluster_is() -> None:
+    cluster = Cluster()
+    cluster.patience = Patience(returns=1, longest_s=7.0)
+    assert [cluster.bounce(2) for _ in range(4)] == [0.0, 5.0, 7.0, 7.0]
+    cluster.patience = Patience(longest_s=0.0)
+    assert cluster.bounce(2) == 0.0
+
+
+def test_a_node_that_is_held_out_comes_in_when_operators_are_more_patient() -> None:
+    cluster = Cluster()
+    for _ in range(FREE_RETURNS + 4):
+        cluster.bounce(2)
+    cluster.stop(2)
+    cluster.start(2)
+    cluster.settle()
+    assert cluster.state(2) is NodeState.DOWN
+    cluster.patience = Patience(longest_s=0.0)
+    assert cluster.wait_back(2) == 0.0

@@ -17,8 +17,7 @@ from hypothesis.stateful import (
 
 from sheepfs.core.clustermap import ClusterMap, NodeState, PlacementGroup
 from sheepfs.core.metadata import AcceptedLoss, AliveRecord, NodeWish
-from storaged.logic.flapping import LONGEST_HOLD_S
-from storaged.logic.leader import Joined, decide
+from storaged.logic.leader import DEFAULT_PATIENCE, Joined, decide
 from storaged.logic.moves import PER_NODE
 
 PGS = 8
@@ -431,7 +430,10 @@ class LeaderMachine(RuleBasedStateMachine):
             entry = after.nodes.get(node)
             if entry and entry.state is NodeState.DOWN:
                 is_reached = (node, record.incarnation) not in self.unreachable
-                assert not is_reached or self.now < entry.held_until <= self.now + LONGEST_HOLD_S
+                assert (
+                    not is_reached
+                    or self.now < entry.held_until <= self.now + DEFAULT_PATIENCE.longest_s
+                )
 
     def is_gone(self, before: ClusterMap, node: int) -> bool:
         record = self.records.get(node)

@@ -143,6 +143,14 @@ def test_info_says_what_a_node_holds_and_why_it_cannot_go(sheepctl: Bench) -> No
     assert "drained" in sheepctl.good("node info 2").out
 
 
+def test_patience_is_shown_and_set(sheepctl: Bench) -> None:
+    assert sheepctl.good("node patience --json").json == {"returns": 3, "longest_s": 300.0}
+    assert "more than 5 times" in sheepctl.good("node patience --returns 5").out
+    sheepctl.good("node patience --longest 60")
+    assert sheepctl.good("node patience --json").json == {"returns": 5, "longest_s": 60.0}
+    assert "--longest" in sheepctl.bad(2, "node patience --longest -1")
+
+
 def test_ids_are_listed_for_completion(sheepctl: Bench) -> None:
     assert sheepctl.good("node list --ids").out.split() == ["1", "2", "3", "4", "5"]
 
