@@ -53,6 +53,8 @@ class Assessment:
 
     survivors: list[Survivor] = field(default_factory=list)
     damage: dict[str, Damage] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+    """VDIs and snapshots a part of whose map was lost before: what it names is not counted."""
 
     @property
     def waits_for(self) -> list[int]:

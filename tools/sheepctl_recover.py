@@ -20,7 +20,9 @@ import trio
 from sheepfs.cluster import Cluster
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import (
+    CorruptError,
     FencedError,
+    ObjectNotFoundError,
     ProtocolError,
     TerminalError,
     UnreachableError,
@@ -126,12 +128,16 @@ async def _look(cluster: Cluster, cluster_map: ClusterMap) -> Assessment:
                 f"node {node.id} does not tell what it has ({found.unanswered[node.id]}): nothing"
                 " can be said of what is lost"
             )
-    named = []
+    named: list[tuple[str, int]] = []
+    unreadable: set[str] = set()
     reader = ObjectReader(cluster.router, 0)
     for roots in (await cluster.catalog.all_roots()).values():
         for root in roots.maps:
-            named += [(root.what, oid) async for oid in _named(cluster_map, reader, root)]
-    return assess(cluster_map, found.replicas, named)
+            touched = _touched(cluster_map, reader, root, unreadable)
+            named += [(root.what, oid) async for oid in touched]
+    losses = assess(cluster_map, found.replicas, named)
+    losses.unreadable = sorted(unreadable)
+    return losses
 
 
 async def _linked(router: Router) -> None:
@@ -150,19 +156,25 @@ async def _linked(router: Router) -> None:
     router.on_link.remove(on_link)
 
 
-async def _named(
-    cluster_map: ClusterMap, reader: ObjectReader, root: RootMap
+async def _touched(
+    cluster_map: ClusterMap, reader: ObjectReader, root: RootMap, unreadable: set[str]
 ) -> AsyncIterator[int]:
-    """Yield a map's objects, and all that it names where it can be read."""
+    """Yield those of a map's objects, and of what it names, whose groups wait."""
     waiting = waiting_groups(cluster_map)
-    readable = 0
     for number in range(root.maps.bit_length()):
-        if root.maps >> number & 1:
-            oid = map_object(root.map, number)
+        if not root.maps >> number & 1:
+            continue
+        oid = map_object(root.map, number)
+        if group_of(cluster_map, oid) in waiting:
             yield oid
-            readable |= (group_of(cluster_map, oid) not in waiting) << number
-    async for index, layer in stored_entries(reader, root.map, readable):
-        yield data_object(layer, index)
+            continue
+        try:
+            async for index, layer in stored_entries(reader, root.map, 1 << number):
+                oid = data_object(layer, index)
+                if group_of(cluster_map, oid) in waiting:
+                    yield oid
+        except (ObjectNotFoundError, CorruptError):
+            unreadable.add(root.what)
 
 
 async def _fence(store: Store, keys: Keys, cluster: Cluster, survivors: Iterable[Survivor]) -> None:
@@ -227,6 +239,11 @@ def _print(cluster_map: ClusterMap, losses: Assessment) -> None:
         rows.append((len(some), ", ".join(map(str, waited)), f"node {node_id}", objects))
     print_table((">GROUPS", "WAIT FOR NODES", "WOULD GO ON WITH", ">OBJECTS THERE"), rows)
     print()
+    if losses.unreadable:
+        print(
+            f"Parts of the maps of {', '.join(losses.unreadable)} were lost before: what they name"
+            " is not counted."
+        )
     if not losses.damage:
         print("No VDI and no snapshot has anything in these groups.")
         return

@@ -488,4 +488,4 @@ class LeaderMachine(RuleBasedStateMachine):
 
 
 TestLeaderMachine = LeaderMachine.TestCase
-TestLeaderMachine.settings = settings(max_examples=600, stateful_step_count=40, deadline=None)
+TestLeaderMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
