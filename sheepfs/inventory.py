@@ -42,6 +42,7 @@ class Replica(NamedTuple):
     node: int
     own: int
     data: int
+    version: int
 
 
 @dataclass
@@ -65,8 +66,9 @@ async def take_inventory(router: Router, layers: Collection[int] = ()) -> Invent
                 if link is None:
                     raise UnreachableError("no connection")
                 _, body = await link.call(Op.USAGE, wanted, oid=cursor, timeout_s=CALL_TIMEOUT_S)
-                for oid, _version, own, data in USAGE.iter_unpack(body):
-                    found.replicas[oid].append(Replica(node, own * BLOCK_SIZE, data * BLOCK_SIZE))
+                for oid, version, own, data in USAGE.iter_unpack(body):
+                    replica = Replica(node, own * BLOCK_SIZE, data * BLOCK_SIZE, version)
+                    found.replicas[oid].append(replica)
                     cursor = oid
                 if not body:
                     return

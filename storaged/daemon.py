@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket as stdlib_socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 import trio
 
 from sheepfs import __version__
-from sheepfs.core.clustermap import ClusterMap, NodeState
-from sheepfs.core.errors import SheepError, UnreachableError
+from sheepfs.core.clustermap import ClusterMap, Node, NodeState
+from sheepfs.core.errors import SheepError, UnreachableError, UsageError
 from sheepfs.core.metadata import ClusterConfig, Keys
 from sheepfs.core.wire import Op
 from sheepfs.net.catalog import Catalog
@@ -28,7 +29,15 @@ from sheepfs.net.store import Store, parse_endpoints
 from sheepfs.net.transport import TCP, Network
 from storaged.control import Control
 from storaged.leader import Leader
-from storaged.membership import Announcer, MapFollower, ensure_config, register
+from storaged.leftovers import Leftovers
+from storaged.membership import (
+    REMOVED,
+    Announcer,
+    MapFollower,
+    ensure_config,
+    refuse_removed,
+    register,
+)
 from storaged.ping import ping
 from storaged.reclaim import Reclaimer
 from storaged.recovery import JoinedGroup, Recovery, encode_joined
@@ -42,6 +51,7 @@ log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 2.0
 START_RETRY_S = 1.0
+CAPACITY_EVERY_S = 60.0
 GIB = 1 << 30
 
 
@@ -77,6 +87,7 @@ class Daemon:
         self._machine = machine or Machine()
         self._stop = trio.Event()
         self._disk_error: SheepError | None = None
+        self._is_removed = False
 
     def stop(self) -> None:
         """Begin a clean stop."""
@@ -104,6 +115,7 @@ class Daemon:
                 node = await register(store, keys, objects.uuid, objects.node_id)
                 if objects.node_id is None:
                     objects.set_node_id(node)
+                await refuse_removed(store, keys, node)
                 await self._serve(store, keys, config, objects, node, ready)
             finally:
                 objects.close(clean=self._disk_error is None)
@@ -112,6 +124,8 @@ class Daemon:
                 await store.aclose()
         if self._disk_error is not None:
             raise self._disk_error
+        if self._is_removed:
+            raise UsageError(f"node {node} {REMOVED}")
 
     async def _config(self, store: Store, keys: Keys, known: str) -> ClusterConfig:
         """Wait for etcd: after a power cut all machines start at once."""
@@ -138,13 +152,14 @@ class Daemon:
         network = self._machine.network
         listener = await network.listen(options.listen)
         address = options.advertise or _own_address(options.listen, options.etcd, listener.port)
-        weight = options.weight
-        if weight is None:
-            weight = max(0.01, objects.usage().total / GIB)
+        weight = _capacity(objects) if options.weight is None else options.weight
         zone = options.zone or stdlib_socket.gethostname()
         announcer = Announcer(store, keys, node, address, zone, weight)
         async with trio.open_nursery() as nursery:
-            parts = _Parts(store, keys, config, objects, announcer, network, nursery, self._fail)
+            parts = _Parts(
+                *(store, keys, config, objects, announcer, network, nursery),
+                *(self._fail, self._removed),
+            )
             nursery.start_soon(parts.server.serve, listener)
             nursery.start_soon(parts.replica.run)
             parts.replica.incarnation = await nursery.start(announcer.run)
@@ -153,6 +168,9 @@ class Daemon:
             nursery.start_soon(parts.follower.run)
             nursery.start_soon(parts.leader.run)
             nursery.start_soon(parts.reclaimer.run)
+            nursery.start_soon(parts.leftovers.run)
+            if options.weight is None:
+                nursery.start_soon(_follow_capacity, objects, announcer)
             ready(
                 f"node {node} of cluster {options.cluster} serves {options.data_dir} at {address}"
             )
@@ -175,6 +193,11 @@ class Daemon:
             self._disk_error = error
             self._stop.set()
 
+    def _removed(self) -> None:
+        log.warning("leaving: this node was removed from the cluster")
+        self._is_removed = True
+        self._stop.set()
+
 
 class _Parts:
     """The parts of a running daemon and what passes between them."""
@@ -189,8 +212,11 @@ class _Parts:
         network: Network,
         nursery: trio.Nursery,
         on_disk_error: Callable[[SheepError], None],
+        on_removal: Callable[[], None],
     ) -> None:
         node = announcer.node
+        self._on_removal = on_removal
+        self._held_until = 0.0
         self.map_changed = trio.Event()
         self._objects = objects
         self._announcer = announcer
@@ -206,6 +232,7 @@ class _Parts:
 
         self.leader = Leader(store, keys, config, announcer, ping_run, self._take)
         self.removal = Removal(self.replica, nursery)
+        self.leftovers = Leftovers(self.replica, self.router)
         self.reclaimer = Reclaimer(
             Catalog(store, keys), self.replica, self.removal, self.leader, self.router
         )
@@ -239,12 +266,27 @@ class _Parts:
         self.follower.take(cluster_map)
 
     def _on_map(self, cluster_map: ClusterMap) -> None:
+        node = self._announcer.node
+        if node in self.replica.map.nodes and node not in cluster_map.nodes:
+            # Nodes that are only down stay in the map.
+            self._on_removal()
+        self._note_hold(cluster_map.nodes.get(node))
         self.replica.set_map(cluster_map)
         self.router.take_map(cluster_map)
         self.recovery.map_changed()
         self.server.publish(cluster_map)
         self.map_changed.set()
         self.map_changed = trio.Event()
+
+    def _note_hold(self, me: Node | None) -> None:
+        """Say why this node is not let in (I12)."""
+        until = me.held_until if me is not None and me.state is NodeState.DOWN else 0.0
+        if me is not None and until > me.down_since and until != self._held_until:
+            log.warning(
+                "this node came back %d times within a short time: it is held out of the cluster"
+                " for %.0f s", me.returns, until - me.down_since,
+            )  # fmt: skip
+        self._held_until = until
 
     async def _tell_joined(self, groups: list[JoinedGroup]) -> None:
         """Tell the leader, whoever of us it is."""
@@ -288,6 +330,19 @@ class _Parts:
             "version": __version__,
             **self.server.statistics(),
         }
+
+
+def _capacity(objects: ObjectStore) -> float:
+    """Give the weight of a node whose operator says nothing else: its disk's size in GiB."""
+    return max(0.01, objects.usage().total / GIB)
+
+
+async def _follow_capacity(objects: ObjectStore, announcer: Announcer) -> None:
+    """Announce another weight when the file system has grown; the leader ignores small changes."""
+    while True:
+        await trio.sleep(CAPACITY_EVERY_S)
+        with suppress(SheepError):  # A failed disk ends the daemon by itself.
+            announcer.change_weight(_capacity(objects))
 
 
 def _own_address(listen_at: str, etcd: str, port: int) -> str:

@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import trio
 
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
-from sheepfs.core.kv import KeyValue, Put, Transaction, Unchanged
-from sheepfs.core.metadata import AliveRecord, ClusterConfig, Keys, LeaderRecord
+from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
+from sheepfs.core.metadata import ClusterConfig, Keys, LeaderRecord
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, Store
 from storaged.logic.leader import OUT_AFTER_S, Joined, as_in_map, decide
 from storaged.logic.reachability import Outcome, Reachability, Run
 from storaged.membership import ALIVE_TTL_S, Announcer
 from storaged.recovery import JoinedGroup
+from storaged.seen import Seen, look
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +46,6 @@ FOLLOW_PING_S = 0.3
 FOLLOW_PINGS_PER_S = 200
 """Of all followers together, so that a large cluster does not drown its leader."""
 FOLLOW_POLL_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What etcd held at one look."""
-
-    map: ClusterMap
-    map_revision: int
-    alive: Mapping[int, AliveRecord]
-    pools: frozenset[int]
 
 
 class Leader:
@@ -104,6 +94,9 @@ class Leader:
         self._ping_limit = trio.CapacityLimiter(PARALLEL_PINGS)
         self._joined: dict[Joined, None] = {}
         self._reported: set[Run] = set()
+        self._seen = Seen(ClusterMap(0, config.cluster))
+        self._at_rest: object = None
+        """What was judged last, if nothing was to be changed."""
         self._wake = trio.Event()
         self._urgent = trio.Event()
 
@@ -219,7 +212,10 @@ class Leader:
         self.is_leader = True
         try:
             async with trio.open_nursery() as nursery:
-                for key in (self._keys.alive, self._keys.pools, self._keys.leader):
+                for key in (
+                    *(self._keys.alive, self._keys.pools, self._keys.leader),
+                    *(self._keys.wishes, self._keys.accepted_loss, self._keys.settings),
+                ):
                     nursery.start_soon(self._hint, key)
                 nursery.start_soon(self._ping_all)
                 nursery.start_soon(self._ping_reported)
@@ -239,9 +235,10 @@ class Leader:
         """Do one round; tells whether this daemon still leads."""
         self._wake = trio.Event()
         try:
-            seen = await self._look()
+            seen = await look(self._store, self._keys, self._seen, self._revision, self._complain)
             if seen is None:
                 return False
+            self._seen = seen
             await self._decide(seen)
         except UnreachableError as error:
             self._note_outage(error)
@@ -249,35 +246,7 @@ class Leader:
             self._complain("cannot lead: %s", error)
         return True
 
-    async def _look(self) -> _Seen | None:
-        """Read what there is to judge; None when the leader key is not ours any more."""
-        keys = self._keys
-        mine = await self._store.get(keys.leader)
-        if mine is None or mine.mod_revision != self._revision:
-            return None
-        alive = {}
-        for kv in (await self._store.list(keys.alive))[0]:
-            try:
-                record = AliveRecord.decode(kv.value)
-            except ProtocolError as error:
-                self._complain("a daemon of another version wants to join: %s", error)
-            else:
-                alive[record.id] = record
-        wanted, _ = await self._store.list(keys.pools)
-        pools = {kv.key.removeprefix(keys.pools) for kv in wanted}
-        found = await self._store.get(keys.map)
-        if found is None and await self._store.get(keys.config) is None:
-            # A map made from nothing would call groups whole that nobody has the data of.
-            raise ProtocolError("the cluster is not in etcd any more: was etcd's data lost?")
-        current = ClusterMap.decode(found.value) if found else ClusterMap(0, self._config.cluster)
-        return _Seen(
-            map=current,
-            map_revision=found.mod_revision if found else 0,
-            alive=alive,
-            pools=frozenset(int(copies) for copies in pools if copies in _POOLS),
-        )
-
-    async def _decide(self, seen: _Seen) -> None:
+    async def _decide(self, seen: Seen) -> None:
         self._publish(seen.map)
         alive = dict(seen.alive)
         if trio.current_time() < self._grace_until:
@@ -294,29 +263,51 @@ class Leader:
             if node.state is NodeState.DOWN and node.id != self._announcer.node
         ]
         taken = list(self._joined)
+        unreachable = self._reach.unreachable(voted_out)
+        judged = (seen, alive, unreachable)
+        if not taken and judged == self._at_rest:
+            return
         following = decide(
             seen.map,
             alive,
-            self._reach.unreachable(voted_out),
+            unreachable,
             seen.pools,
             self._config.pg_count,
             taken,
             self._started_wall + trio.current_time(),
             self._out_after_s,
+            seen.wishes,
+            seen.accepted,
+            seen.patience,
         )
+        is_news = following is not None or seen.accepted_revision
+        if is_news and not await self._commit(seen, following):
+            self._wake.set()  # Look again: who leads, and what is the map?
+            return
+        # While somebody is down, time alone may change the decision.
+        is_all_up = all(node.state is not NodeState.DOWN for node in seen.map.nodes.values())
+        self._at_rest = judged if following is None and is_all_up else None
         if following is not None:
-            conditions = [
-                Unchanged(self._keys.leader, self._revision),
-                Unchanged(self._keys.map, seen.map_revision),
-            ]
-            put = Put(self._keys.map, following.encoded)
-            if await self._store.commit(Transaction(conditions, [put])) is None:
-                self._wake.set()  # Look again: who leads, and what is the map?
-                return
             _log_changes(seen.map, following)
+            _log_losses(seen, following)
             self._publish(following)
         for report in taken:
             self._joined.pop(report, None)
+
+    async def _commit(self, seen: Seen, following: ClusterMap | None) -> bool:
+        """Put the next map, if there is one, if all is as it was seen; tells whether it was."""
+        conditions = [
+            Unchanged(self._keys.leader, self._revision),
+            Unchanged(self._keys.map, seen.map_revision),
+        ]
+        changes: list[Put | Delete] = []
+        if following is not None:
+            changes.append(Put(self._keys.map, following.encoded))
+        if seen.accepted_revision:
+            # It was acted upon, or came too late: it never counts for another map.
+            conditions.append(Unchanged(self._keys.accepted_loss, seen.accepted_revision))
+            changes.append(Delete(self._keys.accepted_loss))
+        return await self._store.commit(Transaction(conditions, changes)) is not None
 
     def _publish(self, cluster_map: ClusterMap) -> None:
         self._nodes = len(cluster_map.nodes)
@@ -379,15 +370,28 @@ class Leader:
             self._pinging.discard(run)
 
 
-_POOLS = frozenset("12345")
-
-
 def _log_changes(before: ClusterMap, after: ClusterMap) -> None:
-    changes = [
-        f"node {node.id} at {node.address} is {node.state.value}"
-        for node in after.nodes.values()
-        if node.id not in before.nodes
-        or (node.state, node.incarnation)
-        != (before.nodes[node.id].state, before.nodes[node.id].incarnation)
-    ]
+    changes = []
+    for node in after.nodes.values():
+        old = before.nodes.get(node.id)
+        if old is None or (node.state, node.incarnation) != (old.state, old.incarnation):
+            text = f"node {node.id} at {node.address} is {node.state.value}"
+            if node.held_until > node.down_since:
+                text += (
+                    f", and held out for {node.held_until - node.down_since:.0f} s:"
+                    f" it came back {node.returns} times within a short time"
+                )
+            changes.append(text)
+    changes += [f"node {node} is removed" for node in before.nodes.keys() - after.nodes.keys()]
     log.info("epoch %d%s", after.epoch, ": " * bool(changes) + ", ".join(changes))
+
+
+def _log_losses(seen: Seen, after: ClusterMap) -> None:
+    for (pool, pg), (node, _) in (seen.accepted.chosen() if seen.accepted else {}).items():
+        groups = seen.map.pools.get(pool, ())
+        if pg < len(groups) and node in after.pools[pool][pg].sync and node not in groups[pg].sync:
+            log.warning(
+                "group %d of pool %d goes on with what node %d has, on an operator's word:"
+                " nodes %s are not waited for",
+                pg, pool, node, ", ".join(map(str, groups[pg].sync)),
+            )  # fmt: skip

@@ -75,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=256,
-        help="placement groups of each pool, if this daemon makes the cluster (default 256)",
+        help="placement groups of each pool, if this daemon makes the cluster; for ever. 7 for each"
+        " node there will be balance within 5 %% (default 256: up to 38 nodes)",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="log every detail")
     return parser

@@ -21,9 +21,9 @@ from contextlib import suppress
 import trio
 
 from sheepfs.core.clustermap import ClusterMap
-from sheepfs.core.errors import ProtocolError, UnreachableError, WrongClusterError
+from sheepfs.core.errors import ProtocolError, UnreachableError, UsageError, WrongClusterError
 from sheepfs.core.kv import Put, Transaction, Unchanged
-from sheepfs.core.metadata import AliveRecord, ClusterConfig, Keys, NodeRecord
+from sheepfs.core.metadata import AliveRecord, ClusterConfig, Keys, NodeRecord, NodeWish
 from sheepfs.net.metadata_transfer import refuse_half_done
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, LeaseKeeper, Store
 
@@ -109,6 +109,27 @@ async def register(store: Store, keys: Keys, store_uuid: str, node: int | None) 
             return new
 
 
+REMOVED = (
+    "was removed from the cluster by an operator, which has all its data on other nodes. It never"
+    " comes back as this node: to use the disk again, start with an empty data directory"
+)
+
+
+async def refuse_removed(store: Store, keys: Keys, node: int) -> None:
+    """Let no node start that operators removed, unless a placement group still needs its data.
+
+    Raises:
+        UsageError: it was removed.
+        UnreachableError: etcd does not answer; calling again is safe.
+    """
+    found = await store.get(keys.wish(node))
+    if found is None or not NodeWish.decode(found.value).removed:
+        return
+    current = await store.get(keys.map)
+    if current is None or node not in ClusterMap.decode(current.value).nodes:
+        raise UsageError(f"node {node} {REMOVED}")
+
+
 class Announcer:
     """Keeps `alive/<node>` in etcd for as long as the daemon runs.
 
@@ -136,7 +157,6 @@ class Announcer:
         self._key = keys.alive_node(node)
         self._zone = zone
         self._weight = weight
-        self._draining = False
         self._ttl_s = ttl_s
         self._keeper: LeaseKeeper | None = None
         self._again = trio.Event()
@@ -151,15 +171,13 @@ class Announcer:
     @property
     def record(self) -> AliveRecord:
         """What is announced."""
-        return AliveRecord(
-            self.node, self.incarnation, self.address, self._zone, self._weight, self._draining
-        )
+        return AliveRecord(self.node, self.incarnation, self.address, self._zone, self._weight)
 
-    def change(self, *, weight: float | None = None, draining: bool | None = None) -> None:
-        """Announce another weight, or that this node is to be emptied."""
-        self._weight = self._weight if weight is None else weight
-        self._draining = self._draining if draining is None else draining
-        self._again.set()
+    def change_weight(self, weight: float) -> None:
+        """Announce another weight."""
+        if weight != self._weight:
+            self._weight = weight
+            self._again.set()
 
     async def run(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
         """Announce until `withdraw`; reports the incarnation once the first one has it."""

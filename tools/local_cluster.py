@@ -45,6 +45,7 @@ class LocalCluster:
 
     Attributes:
         etcd, nodes, mounts: the processes; nodes are numbered from 1.
+        node_options: further options of all storage daemons that are started.
     """
 
     def __init__(self, directory: Path, node_count: int = 3, cluster: str = "default") -> None:
@@ -53,6 +54,7 @@ class LocalCluster:
         self.node_count = node_count
         self.cluster = cluster
         self.env: dict[str, str] = {}
+        self.node_options: list[str] = []
         self._taken: set[int] = set()
         self._reserved: dict[int, int] = {}
         """Port -> descriptor of the file whose lock keeps others away from it."""
@@ -165,6 +167,7 @@ class LocalCluster:
                 [
                     *(sys.executable, "-m", "storaged.main", str(self.node_directory(number))),
                     *("--listen", f"127.0.0.1:{port(f'node{number}')}", *self.options),
+                    *self.node_options,
                 ],
                 self.env,
             )

@@ -64,3 +64,23 @@ def progress(
     finally:
         if shown:
             bar.stop()
+
+
+@contextlib.contextmanager
+def counting(title: str, total: int, unit: str, quiet: bool) -> Iterator[Moved]:
+    """Show how many of `total` things are done; the function given takes how many are in all."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit, markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)

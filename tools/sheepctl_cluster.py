@@ -6,13 +6,14 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from sheepfs_tools.sheepctl_health import Health, assess
+from sheepfs_tools.sheepctl_health import Health, assess, held_until
 from sheepfs_tools.sheepctl_output import (
     print_facts,
     print_json,
     print_table,
     print_verdict,
     size_or_dash,
+    time_of_day,
 )
 from sheepfs_tools.sheepctl_session import Session, open_session, options
 from sheepfs_tools.sizes import format_size
@@ -32,6 +33,8 @@ async def _node_rows(session: Session) -> tuple[list[dict[str, Any]], Health, in
                 "address": node.address,
                 "zone": node.zone,
                 "weight": node.weight,
+                "returns": node.returns,
+                "held_until": held_until(node) or None,
                 "answers": bool(told),
                 "problem": status if isinstance(status, str) else None,
                 **{
@@ -61,11 +64,19 @@ def _print_nodes(rows: list[dict[str, Any]]) -> None:
                 size_or_dash(row["used"]),
                 size_or_dash(row["free"]),
                 "-" if row["joining"] is None else row["joining"],
-                "leader" if row["leader"] else row["problem"] or "",
+                _remark(row),
             )
             for row in rows
         ),
     )
+
+
+def _remark(row: dict[str, Any]) -> str:
+    if row["held_until"]:
+        return (
+            f"held out until {time_of_day(row['held_until'])}: it came back {row['returns']} times"
+        )
+    return "leader" if row["leader"] else row["problem"] or ""
 
 
 async def cluster_status(arguments: argparse.Namespace) -> int:
@@ -113,6 +124,9 @@ async def cluster_status(arguments: argparse.Namespace) -> int:
 async def node_list(arguments: argparse.Namespace) -> int:
     """Show all nodes."""
     async with open_session(options(arguments)) as session:
+        if arguments.ids:
+            print("\n".join(map(str, sorted((await session.cluster_map()).nodes))))
+            return 0
         rows, _, _ = await _node_rows(session)
     if arguments.json:
         print_json(rows)

@@ -6,12 +6,12 @@ import argparse
 import os
 from collections.abc import Sequence
 
-VDI, SNAPSHOT, ANY, TRASH = "vdi", "snapshot", "any", "trash"
+VDI, SNAPSHOT, ANY, TRASH, NODE = "vdi", "snapshot", "any", "trash", "node"
 """What an argument names: completion offers those."""
 
 
 def completes(action: argparse.Action) -> str:
-    """Give what an argument names (VDI, SNAPSHOT, ANY, TRASH); empty: nothing that exists."""
+    """Give what an argument names (VDI, SNAPSHOT, ANY, TRASH, NODE); empty: nothing that exists."""
     return str(getattr(action, "sheepctl_completes", ""))
 
 

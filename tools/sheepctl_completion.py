@@ -10,13 +10,14 @@ import argparse
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from sheepfs_tools.sheepctl_commandline import ANY, SNAPSHOT, TRASH, VDI, completes
+from sheepfs_tools.sheepctl_commandline import ANY, NODE, SNAPSHOT, TRASH, VDI, completes
 
 _LISTS = {
     VDI: ("sheepctl vdi list --names",),
     SNAPSHOT: ("sheepctl snapshot list --names",),
     ANY: ("sheepctl vdi list --names", "sheepctl snapshot list --names"),
     TRASH: ("sheepctl trash list --ids",),
+    NODE: ("sheepctl node list --ids",),
 }
 """What gives the names, one a line."""
 

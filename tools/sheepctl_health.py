@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,13 +118,23 @@ def assess(cluster_map: ClusterMap, statuses: Statuses) -> Health:
     )
 
 
+def held_until(node: Node) -> float:
+    """Give until when a node that comes and goes is not let in; 0: it may come at any time."""
+    return (
+        node.held_until if node.state is NodeState.DOWN and node.held_until > time.time() else 0.0
+    )
+
+
 def _sum(answers: list[Mapping[str, Any]], key: str) -> int:
     return sum(int(answer.get(key) or 0) for answer in answers)
 
 
 def _node_reasons(node: Node, status: Mapping[str, Any] | str) -> list[str]:
     if node.state is NodeState.DOWN:
-        return [f"node {node.id} at {node.address} is down"]
+        down = f"node {node.id} at {node.address} is down"
+        if held_until(node):
+            down += f", and held out for a while as it came back {node.returns} times"
+        return [down]
     if isinstance(status, str):
         return [f"node {node.id} at {node.address} does not answer: {status}"]
     reasons = []

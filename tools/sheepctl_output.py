@@ -69,6 +69,11 @@ def moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else ""
 
 
+def time_of_day(seconds: float) -> str:
+    """Give a point in time that is near."""
+    return time.strftime("%H:%M:%S", time.localtime(seconds))
+
+
 def size_or_dash(value: object) -> str:
     """Give a size of a STATUS field that may be missing."""
     return format_size(value) if isinstance(value, int | float) else "-"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sheepfs_tools.sheepctl_commandline import SNAPSHOT, TRASH, VDI, Area, common_options
+from sheepfs_tools.sheepctl_parser_node import add_node, add_recover
 from sheepfs_tools.sheepctl_parser_rescue import add_rescue
 from sheepfs_tools.sheepctl_parser_vdi import add_vdi
 
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     areas = parser.add_subparsers(dest="area", metavar="COMMAND", required=True)
     _add_cluster(Area(areas, "cluster", "the cluster as a whole", "sheepctl_cluster"))
-    _add_node(Area(areas, "node", "storage daemons", "sheepctl_cluster"))
+    add_node(Area(areas, "node", "storage daemons", "sheepctl_cluster"))
     add_vdi(Area(areas, "vdi", "virtual disk images", "sheepctl_vdi"))
     _add_snapshot(Area(areas, "snapshot", "snapshots of VDIs", "sheepctl_snapshot"))
     _add_trash(Area(areas, "trash", "what is deleted and can be restored", "sheepctl_trash"))
@@ -92,10 +93,7 @@ def _add_cluster(area: Area) -> None:
         ["cluster check", "cluster check --repair"],
         "sheepctl_consistency",
     ).flag("--repair", "remove what no map names; copy what a replica lacks")
-
-
-def _add_node(area: Area) -> None:
-    area.verb("list", "all nodes", examples=["node list"])
+    add_recover(area)
 
 
 def _add_snapshot(area: Area) -> None:

@@ -39,6 +39,9 @@ class Node:
         incarnation: number of the daemon's run, never reused; a new run is not trusted until
             it has caught up.
         address: host:port at which this incarnation listens.
+        returns: how often it came back without having stayed for long in between.
+        up_since: when it came (back), in seconds since 1970; 0: not known.
+        held_until: it comes and goes, and is not let in before; 0: it may come at once.
     """
 
     id: int
@@ -48,6 +51,9 @@ class Node:
     zone: str
     weight: float
     down_since: float = 0.0
+    returns: int = 0
+    up_since: float = 0.0
+    held_until: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +112,10 @@ class ClusterMap:
             "epoch": self.epoch,
             "cluster": self.cluster,
             "nodes": [
-                [n.id, n.state, n.address, n.incarnation, n.zone, n.weight, n.down_since]
+                [
+                    *(n.id, n.state, n.address, n.incarnation, n.zone, n.weight, n.down_since),
+                    *(n.returns, n.up_since, n.held_until),
+                ]
                 for n in self.nodes.values()
             ],
             "pools": {
@@ -128,18 +137,7 @@ class ClusterMap:
             raw = json.loads(bytes(data))
             if raw["format"] != 1:
                 raise ProtocolError(f"cluster map of format {raw['format']}; this version knows 1")
-            nodes = {
-                int(r[0]): Node(
-                    int(r[0]),
-                    NodeState(r[1]),
-                    str(r[2]),
-                    int(r[3]),
-                    str(r[4]),
-                    float(r[5]),
-                    float(r[6]),
-                )
-                for r in raw["nodes"]
-            }
+            nodes = {node.id: node for node in map(_node, raw["nodes"])}
             pools = {
                 int(copies): tuple(
                     PlacementGroup(int(r[0]), *(tuple(map(int, ids)) for ids in r[1:4]))
@@ -163,3 +161,20 @@ class ClusterMap:
             nodes=self.nodes if nodes is None else nodes,
             pools=self.pools if pools is None else pools,
         )
+
+
+def _node(row: list[Any]) -> Node:
+    # Maps of versions that did not know the last three do not have them.
+    returns, up_since, held_until = row[7:10] if len(row) > 7 else (0, 0.0, 0.0)
+    return Node(
+        int(row[0]),
+        NodeState(row[1]),
+        str(row[2]),
+        int(row[3]),
+        str(row[4]),
+        float(row[5]),
+        float(row[6]),
+        int(returns),
+        float(up_since),
+        float(held_until),
+    )

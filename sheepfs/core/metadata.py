@@ -52,6 +52,8 @@ class Keys:
         self.settings = self.root + "settings/"
         self.fencing = self.root + "fencing"
         self.importing = self.root + "importing"
+        self.wishes = self.root + "wishes/"
+        self.accepted_loss = self.root + "accepted-loss"
 
     def node(self, node: int) -> str:
         """Key of a node's permanent facts."""
@@ -116,6 +118,10 @@ class Keys:
     def setting(self, what: str) -> str:
         """Key of what operators have set for all daemons, for example `recovery`."""
         return self.settings + what
+
+    def wish(self, node: int) -> str:
+        """Key of what operators want of a node."""
+        return f"{self.wishes}{node}"
 
     def counter(self, what: str) -> str:
         """Key of the last id given out: `node`, `vdi` or `layer`."""
@@ -191,7 +197,80 @@ class AliveRecord(Record):
     address: str
     zone: str
     weight: float
+
+
+MAX_WEIGHT = 1e9
+BY_CAPACITY = -1.0
+"""A wish's weight: what the node announces, by default the size of its disk in GiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeWish(Record):
+    """`wishes/<id>`: what operators want of a node, whether it runs or not; none: nothing."""
+
+    id: int
     draining: bool = False
+    """Its data is to move to others."""
+    removed: bool = False
+    """It leaves the cluster for good, as soon as no placement group needs it."""
+    weight: float = BY_CAPACITY
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether operators have set its weight; what is none counts as not set."""
+        return 0 <= self.weight < MAX_WEIGHT
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it is to be given no data."""
+        return self.draining or self.removed
+
+
+@dataclass(frozen=True, slots=True)
+class Patience(Record):
+    """`settings/patience`: with nodes that come and go."""
+
+    returns: int = 3
+    """So many returns in a row cost nothing."""
+    longest_s: float = 300.0
+    """A node is held out for no longer; 0: nobody is ever held out."""
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedLoss(Record):
+    """`accepted-loss`: the operator's word that the nodes which hold some groups won't come back.
+
+    It counts for a group that has not changed since, and that no node holding it is back for. The
+    leader acts upon it at most once, and removes it.
+    """
+
+    epoch: int
+    """Of the map that the word was given on."""
+    groups: dict[str, str]
+    """`pool-pg` -> `node:incarnation`: what this run has of the group is all of it from now on."""
+
+    @classmethod
+    def of(cls, epoch: int, chosen: Mapping[tuple[int, int], tuple[int, int]]) -> AcceptedLoss:
+        """Make the record of (pool, pg) -> (node, incarnation)."""
+        groups = {f"{pool}-{pg}": f"{n}:{run}" for (pool, pg), (n, run) in chosen.items()}
+        return cls(epoch, groups)
+
+    def checked(self) -> AcceptedLoss:
+        """Give the record if `chosen` can be read. Raises ProtocolError."""
+        self.chosen()
+        return self
+
+    def chosen(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Give (pool, pg) -> (node, incarnation). Raises ProtocolError."""
+        try:
+            return {
+                (int(pool), int(pg)): (int(node), int(run))
+                for group, member in self.groups.items()
+                for pool, pg in [group.split("-")]
+                for node, run in [member.split(":")]
+            }
+        except ValueError as error:
+            raise ProtocolError(f"not an AcceptedLoss: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,9 +117,14 @@ class Router:
         await self._map_event.wait()
 
     def _keep_links(self) -> None:
-        """One task for each incarnation that may be up; end those of former ones."""
+        """One task for each incarnation that may be up; all others end."""
         if self._nursery is None:
             return
+        for removed in self._keepers.keys() - self.map.nodes.keys():
+            self._keepers.pop(removed).cancel()
+            link = self.links.pop(removed, None)
+            if link is not None:
+                link.close()
         for node in self.map.nodes.values():
             link = self.links.get(node.id)
             if link is not None and link.incarnation != node.incarnation:

@@ -10,7 +10,11 @@ Pure. Always holds, for every map made here from a map made here:
   every holder then sends again what that member may lack. A mere promotion from `joining` to
   `sync` leaves it alone: the member already got every write, and the reports of others stay good.
 - Of each PG, `joining` and `away` are targets of placement; in `sync`, targets stand first. So the
-  targets can be read back from the map, and a new leader moves nothing.
+  targets can be read back from the map, and a new leader goes on with every move that has begun.
+  Moves that have not are nowhere (storaged.logic.moves): they are planned anew each time, from
+  rows in which those that have begun count as done.
+- Only an operator's word makes a group go on without all that hold it (I8), and only while none of
+  these is back.
 """
 
 from __future__ import annotations
@@ -22,11 +26,16 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
-from sheepfs.core.metadata import AliveRecord
+from sheepfs.core.metadata import AcceptedLoss, AliveRecord, Patience
 from sheepfs.core.placement import Candidate, place
+from storaged.logic.flapping import held_out
+from storaged.logic.moves import Move, to_begin
+from storaged.logic.nodes import Wishes, admitted, next_nodes, without_removed
 
 OUT_AFTER_S = 600.0
 """A node down for longer is given up: its share is rebuilt elsewhere."""
+
+DEFAULT_PATIENCE = Patience()
 
 Groups = tuple[PlacementGroup, ...]
 
@@ -47,13 +56,32 @@ class _View:
 
     epoch: int
     live: AbstractSet[int]
-    """Nodes that run and can be reached."""
+    """Nodes that run, can be reached, and are let in."""
     same: AbstractSet[int]
-    """Those of them that are the incarnation of the current map, and were not voted out."""
+    """Those of them that are the incarnation of the current map."""
     renewed: AbstractSet[int]
     """Nodes whose incarnation differs from the current map's."""
     candidates: Mapping[int, Candidate]
     """Nodes that may be given data: neither draining nor down for too long."""
+    removed: AbstractSet[int]
+    """Nodes that are to go even if there are fewer copies then."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """A group as it stands, before it is decided who joins it."""
+
+    group: PlacementGroup
+    stay: Sequence[int]
+    """Nodes that have everything and go on as `sync`."""
+    row: Sequence[int]
+    """Nodes to go on with if nothing new begins, those to keep first."""
+    targets: Sequence[int]
+    """Where the group should be."""
+    is_to_move: bool
+    """It lacks no copy, but should have some elsewhere."""
+    is_at_rest: bool
+    """Nobody is to catch up or expected back, and all that hold it are up."""
 
 
 def decide(
@@ -65,6 +93,9 @@ def decide(
     joined: Collection[Joined],
     now: float,
     out_after_s: float = OUT_AFTER_S,
+    wishes: Wishes | None = None,
+    accepted: AcceptedLoss | None = None,
+    patience: Patience = DEFAULT_PATIENCE,
 ) -> ClusterMap | None:
     """Give the next map, or None when there is nothing to change.
 
@@ -77,13 +108,19 @@ def decide(
         joined: reports since the last decision; those that no longer fit are ignored.
         now: seconds, on one clock for all decisions of a leader; stamped as `down_since`.
         out_after_s: how long a node may be down before it is given up.
+        wishes: what operators want of nodes.
+        accepted: the operator's word on groups whose nodes won't come back; counts at most once.
+        patience: with nodes that come and go.
     """
-    live = {
+    wishes = wishes or {}
+    reached = {
         node: record
-        for node, record in alive.items()
+        for node, record in admitted(current, alive, wishes).items()
         if (node, record.incarnation) not in unreachable
     }
-    nodes = _next_nodes(current.nodes, live, now)
+    held = held_out(current, reached, now, patience)
+    live = {node: record for node, record in reached.items() if node not in held}
+    nodes = next_nodes(current.nodes, live, wishes, now, patience)
     view = _View(
         epoch=current.epoch + 1,
         live=live.keys(),
@@ -96,17 +133,19 @@ def decide(
         candidates={
             n: Candidate(node.zone, node.weight)
             for n, node in nodes.items()
-            if node.state is not NodeState.DRAINING
+            if not (n in wishes and wishes[n].leaves)
             and not (node.state is NodeState.DOWN and _given_up(node, now, out_after_s))
         },
+        removed={n for n, wish in wishes.items() if wish.removed},
     )
-    pools: dict[int, Groups] = {}
-    for copies in sorted({*current.pools, *pools_wanted}):
-        if copies in current.pools:
-            pools[copies] = _next_groups(current, copies, view, joined)
-        elif live:
+    pools = _next_pools(current, view, joined, _words(current, live, accepted))
+    for copies in sorted(set(pools_wanted) - pools.keys()):
+        if live:
             pools[copies] = _new_groups(copies, pg_count, view)
+    pools = dict(sorted(pools.items()))
     nodes = _with_activity(nodes, pools)
+    named = {n for groups in pools.values() for g in groups for n in (*g.members, *g.away)}
+    nodes = without_removed(nodes, wishes, named)
     if nodes == current.nodes and pools == current.pools:
         return None
     return current.with_changes(nodes, pools)
@@ -115,14 +154,7 @@ def decide(
 def as_in_map(cluster_map: ClusterMap) -> dict[int, AliveRecord]:
     """Give the map's nodes the benefit of the doubt: the records they would have if all ran on."""
     return {
-        node.id: AliveRecord(
-            node.id,
-            node.incarnation,
-            node.address,
-            node.zone,
-            node.weight,
-            node.state is NodeState.DRAINING,
-        )
+        node.id: AliveRecord(node.id, node.incarnation, node.address, node.zone, node.weight)
         for node in cluster_map.nodes.values()
         if node.state is not NodeState.DOWN
     }
@@ -136,29 +168,23 @@ def _given_up(node: Node, now: float, out_after_s: float) -> bool:
     return node.weight <= 0 or now - node.down_since > out_after_s
 
 
-def _next_nodes(
-    known: Mapping[int, Node], live: Mapping[int, AliveRecord], now: float
-) -> dict[int, Node]:
-    """Give every node's entry; who is live is taken for ACTIVE until `_with_activity`."""
-    nodes = {}
-    for node_id in sorted({*known, *live}):
-        record = live.get(node_id)
-        if record is None:
-            node = known[node_id]
-            if node.state is not NodeState.DOWN:
-                node = replace(node, state=NodeState.DOWN, down_since=now)
-        else:
-            node = Node(
-                id=node_id,
-                state=NodeState.DRAINING if record.draining else NodeState.ACTIVE,
-                address=record.address,
-                incarnation=record.incarnation,
-                zone=record.zone,
-                # Kept in the map when the node goes down, so that it isn't given data then.
-                weight=0.0 if record.draining else record.weight,
-            )
-        nodes[node_id] = node
-    return nodes
+def _words(
+    current: ClusterMap, live: Mapping[int, AliveRecord], accepted: AcceptedLoss | None
+) -> dict[tuple[int, int], int]:
+    """Give (pool, pg) -> the node that has all there is from now on, where the word counts."""
+    words = {}
+    for (pool, pg), (node, run) in (accepted.chosen() if accepted else {}).items():
+        groups = current.pools.get(pool, ())
+        if (
+            accepted is not None
+            and 0 <= pg < len(groups)
+            and groups[pg].changed <= accepted.epoch
+            and live.keys().isdisjoint(groups[pg].sync)
+            and node in live
+            and live[node].incarnation == run
+        ):
+            words[pool, pg] = node
+    return words
 
 
 def _with_activity(nodes: Mapping[int, Node], pools: Mapping[int, Groups]) -> dict[int, Node]:
@@ -181,11 +207,50 @@ def _new_groups(copies: int, pg_count: int, view: _View) -> Groups:
     )
 
 
-def _next_groups(
+def _next_pools(
+    current: ClusterMap,
+    view: _View,
+    joined: Collection[Joined],
+    words: Mapping[tuple[int, int], int],
+) -> dict[int, Groups]:
+    """Give all groups of the pools that there are."""
+    standings: dict[int, list[_Standing]] = {}
+    pending = []
+    under_way = []
+    for copies, groups in current.pools.items():
+        complete = _complete(current, copies, view, joined)
+        standings[copies] = _standings(groups, copies, view, complete, words)
+        for pg, standing in enumerate(standings[copies]):
+            if standing.is_to_move and standing.is_at_rest:
+                nodes = frozenset((*standing.stay, *standing.targets))
+                empties = not view.candidates.keys() >= set(standing.stay)
+                pending.append(Move(copies, pg, nodes, empties))
+            else:
+                aims = _aims(standing, copies, False)
+                if any(n in view.live and n not in standing.stay for n in aims):
+                    under_way.append({*standing.stay, *aims})
+    begun = to_begin(pending, under_way)
+    return {
+        copies: tuple(
+            _next_group(standing, _aims(standing, copies, (copies, pg) in begun), copies, view)
+            for pg, standing in enumerate(row)
+        )
+        for copies, row in standings.items()
+    }
+
+
+def _aims(standing: _Standing, copies: int, begins: bool) -> Sequence[int]:
+    """Give the nodes that the group goes for now."""
+    if begins or not standing.is_to_move:
+        return standing.targets
+    return standing.row[:copies]
+
+
+def _complete(
     current: ClusterMap, copies: int, view: _View, joined: Collection[Joined]
-) -> Groups:
+) -> dict[int, set[int]]:
+    """Give pg -> the members whose reports make them `sync`."""
     groups = current.pools[copies]
-    targets = _targets(view.candidates, copies, [g.joining + g.away + g.sync for g in groups])
     complete: dict[int, set[int]] = {}
     for report in joined:
         if (
@@ -196,23 +261,51 @@ def _next_groups(
             and report.incarnation == current.nodes[report.node].incarnation
         ):
             complete.setdefault(report.pg, set()).add(report.node)
-    return tuple(
-        _next_group(group, targets[pg], copies, view, complete.get(pg, frozenset()))
-        for pg, group in enumerate(groups)
-    )
+    return complete
+
+
+def _standings(
+    groups: Groups,
+    copies: int,
+    view: _View,
+    complete: Mapping[int, AbstractSet[int]],
+    words: Mapping[tuple[int, int], int],
+) -> list[_Standing]:
+    rows = []
+    stays = []
+    for pg, group in enumerate(groups):
+        done = complete.get(pg, frozenset())
+        whole = [*group.sync, *(n for n in group.joining if n in done)]
+        stay = [n for n in whole if n in view.same] or _last_stand(whole, view)
+        if (copies, pg) in words:
+            stay = [words[copies, pg]]
+        known = dict.fromkeys((*group.joining, *group.away, *group.sync, *stay))
+        # The last stand's nodes may be given up long ago: that the group waits for them is no
+        # copy that it has.
+        there = [n for n in known if n in view.candidates or (n in stay and n in view.live)]
+        stays.append(stay)
+        rows.append(there)
+    targets = _targets(view.candidates, copies, rows)
+    return [
+        _Standing(
+            group,
+            stay,
+            row,
+            aims,
+            is_to_move=len(row) >= len(aims) and not set(aims) <= set(row),
+            is_at_rest=view.live >= set(stay) >= set(row),
+        )
+        for group, stay, row, aims in zip(groups, stays, rows, targets, strict=True)
+    ]
 
 
 def _next_group(
-    group: PlacementGroup,
-    placed: Sequence[int],
-    copies: int,
-    view: _View,
-    complete: AbstractSet[int],
+    standing: _Standing, placed: Sequence[int], copies: int, view: _View
 ) -> PlacementGroup:
-    whole = [*group.sync, *(n for n in group.joining if n in complete)]
-    stay = [n for n in whole if n in view.same] or _last_stand(whole, view)
+    group, stay = standing.group, standing.stay
     # Too few places for all copies (draining, weight 0): who holds the PG goes on holding it.
-    targets = [*placed, *(n for n in stay if n not in placed)][: max(copies, len(placed))]
+    extra = [n for n in stay if n not in placed and not (placed and n in view.removed)]
+    targets = [*placed, *extra][: max(copies, len(placed))]
     joining = tuple(n for n in targets if n in view.live and n not in stay)
     away = tuple(n for n in targets if n not in view.live and n not in stay)
     leavers = [n for n in stay if n not in targets]
@@ -242,9 +335,12 @@ def _last_stand(whole: Sequence[int], view: _View) -> list[int]:
 
 
 def _targets(
-    candidates: Mapping[int, Candidate], copies: int, previous: Sequence[tuple[int, ...]]
+    candidates: Mapping[int, Candidate], copies: int, rows: Sequence[Sequence[int]]
 ) -> Sequence[tuple[int, ...]]:
-    return _placed(tuple(sorted(candidates.items())), copies, tuple(previous))
+    # Who comes first matters only where there are too many: sorted, so that a node that goes down
+    # for a while changes nothing.
+    previous = tuple(tuple(row if len(row) > copies else sorted(row)) for row in rows)
+    return _placed(tuple(sorted(candidates.items())), copies, previous)
 
 
 @lru_cache(maxsize=16)

@@ -21,6 +21,9 @@ nodes = st.builds(
     zone=st.text(max_size=20),
     weight=st.floats(0, 1e9),
     down_since=st.floats(0, 1e12),
+    returns=st.integers(0, 1000),
+    up_since=st.floats(0, 1e12),
+    held_until=st.floats(0, 1e12),
 )
 groups = st.builds(PlacementGroup, st.integers(0, 2**60), members, members, members)
 maps = st.builds(
@@ -51,12 +54,12 @@ def test_the_encoding_is_pinned() -> None:
     cluster_map = ClusterMap(
         7,
         "ab" * 16,
-        {2: Node(2, NodeState.DOWN, "host:7000", 99, "rack", 1.5, 3.0)},
+        {2: Node(2, NodeState.DOWN, "host:7000", 99, "rack", 1.5, 3.0, 4, 1.0, 9.5)},
         {3: (PlacementGroup(6, (1, 2), (3,)), PlacementGroup(7, (1,), (), (2,)))},
     )
     assert cluster_map.encoded == (
         b'{"format":1,"epoch":7,"cluster":"' + b"ab" * 16 + b'",'
-        b'"nodes":[[2,"down","host:7000",99,"rack",1.5,3.0]],'
+        b'"nodes":[[2,"down","host:7000",99,"rack",1.5,3.0,4,1.0,9.5]],'
         b'"pools":{"3":[[6,[1,2],[3]],[7,[1],[],[2]]]}}'
     )
 
@@ -77,6 +80,12 @@ def test_the_encoding_is_pinned() -> None:
 def test_bytes_that_are_no_map_are_refused(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         ClusterMap.decode(data)
+
+
+def test_a_map_of_a_version_without_returns_is_read() -> None:
+    content = json.loads(map_of(1).encoded)
+    content["nodes"] = [row[:7] for row in content["nodes"]]
+    assert ClusterMap.decode(json.dumps(content).encode()).nodes == map_of(1).nodes
 
 
 def test_a_newer_format_is_refused_not_guessed_at() -> None:

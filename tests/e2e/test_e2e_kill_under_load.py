@@ -43,6 +43,7 @@ def assert_fio_was_well(process: subprocess.Popen[str], timeout_s: float) -> Non
 def test_fio_sees_no_error_and_no_long_stall_while_a_daemon_is_killed_and_restarted(
     mounted: Mounted, block: str, soak: bool
 ) -> None:
+    mounted.cluster.sheepctl("node", "patience", "--longest", "0")
     kills = 10 if soak else 2
     runtime_s = 60.0 if soak else 15.0
     name = f"load{block}"

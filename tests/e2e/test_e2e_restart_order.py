@@ -36,6 +36,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mounted]
 def test_only_who_has_all_writes_serves_whatever_the_order(
     cluster: Mounted, tmp_path: Path, soak: bool
 ) -> None:
+    cluster.cluster.sheepctl("node", "patience", "--longest", "0")
     nodes = tuple(cluster.cluster.nodes)
     orders = ORDERS[len(nodes)]
     orders = orders if soak else orders[::3][:2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +13,7 @@ from sheepfs.core.wire import Header
 from sheepfs.net import router
 from storaged import recovery, replica
 from storaged.logic import catchup, gate, leader
+from storaged.logic.leader import Groups
 from storaged.store import dirtylog, flush
 
 Put = Callable[[Any, str, Any], None]
@@ -97,16 +99,18 @@ def delete_strays_unconfirmed(put: Put) -> None:
 def level_from_the_stale_side(put: Put) -> None:
     """Who comes back first has the say, although its peers wrote without it."""
 
-    def next_group(group: PlacementGroup, *args: Any) -> PlacementGroup:
-        live = args[2].live
+    def standings(groups: Groups, copies: int, view: Any, *args: Any) -> list[Any]:
+        return original(tuple(stale(group, view.live) for group in groups), copies, view, *args)
+
+    def stale(group: PlacementGroup, live: AbstractSet[int]) -> PlacementGroup:
         back = [node for node in (*group.joining, *group.away) if node in live]
         if back and not any(node in live for node in group.sync):
             away = [node for node in (*group.sync, *group.away) if node not in back]
             group = PlacementGroup(group.changed, (back[0],), tuple(back[1:]), tuple(away))
-        return original(group, *args)
+        return group
 
-    original = leader._next_group
-    put(leader, "_next_group", next_group)
+    original = leader._standings
+    put(leader, "_standings", standings)
 
 
 def keep_links_to_the_voted_out(put: Put) -> None:

@@ -35,7 +35,7 @@ from storaged.store.objects import ObjectStore
 
 CLUSTER = "sim"
 PORT = 7000
-DEADLINE_S = 300.0
+DEADLINE_S = 400.0
 POLL_S = 0.1
 RESTART_S = 0.3
 KNOBS: dict[tuple[ModuleType, str], Sequence[float]] = {

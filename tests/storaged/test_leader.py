@@ -10,7 +10,7 @@ from fakes.etcd import FakeEtcd, FakeServer
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import UnreachableError
 from sheepfs.core.kv import Delete, Put, Transaction
-from sheepfs.core.metadata import ClusterConfig, Keys
+from sheepfs.core.metadata import AcceptedLoss, ClusterConfig, Keys, NodeWish, Record
 from storaged.leader import Leader
 from storaged.membership import Announcer
 from storaged.recovery import JoinedGroup
@@ -378,3 +378,225 @@ async def test_a_ping_that_proves_nothing_counts_as_silence(autojump_clock: Mock
         await trio.sleep(2)
         assert cluster.map.epoch == epoch
         await until(lambda: cluster.map.epoch > epoch)
+
+
+# --- what operators want -------------------------------------------------------------------------
+
+
+async def put(cluster: Cluster, key: str, record: Record) -> None:
+    await cluster.server.client().commit(Transaction([], [Put(key, record.encode())]))
+
+
+def named(cluster: Cluster, node: int) -> bool:
+    groups = [g for groups in cluster.map.pools.values() for g in groups]
+    return any(node in (*g.members, *g.away) for g in groups)
+
+
+async def test_a_node_is_drained_and_removed_by_wishes_in_etcd(autojump_clock: MockClock) -> None:
+    async with cluster_of(4) as cluster:
+        leaving = a_follower(cluster)
+
+        def is_empty() -> bool:
+            cluster.report_joined()
+            return not named(cluster, leaving.node)
+
+        await put(cluster, KEYS.wish(leaving.node), NodeWish(leaving.node, draining=True))
+        await until(is_empty)
+        assert cluster.states()[leaving.node] is NodeState.DRAINING
+        await put(cluster, KEYS.wish(leaving.node), NodeWish(leaving.node, removed=True))
+        await until(lambda: leaving.node not in cluster.map.nodes)
+        # Its daemon still runs, and is not let in again; nor by another leader.
+        await trio.sleep(10)
+        the_leader(cluster).kill()
+        await trio.sleep(10)
+        assert leaving.node not in cluster.map.nodes
+
+
+async def test_a_wish_for_a_node_that_is_down_is_followed(autojump_clock: MockClock) -> None:
+    async with cluster_of(4) as cluster:
+        victim = a_follower(cluster)
+        victim.kill()
+        await until(lambda: cluster.states()[victim.node] is NodeState.DOWN)
+        await put(cluster, KEYS.wish(victim.node), NodeWish(victim.node, removed=True))
+        await until(lambda: victim.node not in cluster.map.nodes)
+        await cluster.settle(3)
+        assert all(len(g.sync) == 3 for g in cluster.map.pools[3])
+
+
+async def test_a_leader_can_remove_itself(autojump_clock: MockClock) -> None:
+    async with cluster_of(4) as cluster:
+        old = the_leader(cluster)
+        await put(cluster, KEYS.wish(old.node), NodeWish(old.node, draining=True))
+
+        def is_empty() -> bool:
+            cluster.report_joined()
+            return not named(cluster, old.node)
+
+        await until(is_empty)
+        await put(cluster, KEYS.wish(old.node), NodeWish(old.node, removed=True))
+        await until(lambda: old.node not in cluster.map.nodes)
+        old.kill()
+        await until(lambda: bool(cluster.leaders()))
+        cluster.start(5)
+        await cluster.settle(4)
+
+
+async def test_a_wish_that_cannot_be_read_stops_nobody(autojump_clock: MockClock) -> None:
+    async with cluster_of(3) as cluster:
+        bad = [Put(KEYS.wish(2), b"garbage"), Put(KEYS.accepted_loss, b"garbage")]
+        await cluster.server.client().commit(Transaction([], bad))
+        cluster.start(4)
+        await cluster.settle(4)
+
+
+async def lose_all_members(cluster: Cluster) -> int:
+    """Kill all but one node, one after the other; gives the one that is left: it has nothing."""
+    first, *others = list(cluster.running.values())[:3]
+    for daemon in (*others, first):
+        daemon.kill()
+        await until(lambda daemon=daemon: cluster.states()[daemon.node] is NodeState.DOWN)  # type: ignore[misc]
+    return next(iter(cluster.running.values())).node
+
+
+def word(cluster: Cluster, node: int, epoch: int | None = None) -> AcceptedLoss:
+    run = next(d for d in cluster.running.values() if d.node == node).announcer.incarnation
+    waiting = {
+        (copies, pg): (node, run)
+        for copies, groups in cluster.map.pools.items()
+        for pg, group in enumerate(groups)
+        if node not in group.sync
+    }
+    return AcceptedLoss.of(cluster.map.epoch if epoch is None else epoch, waiting)
+
+
+async def test_groups_go_on_by_an_operators_word_and_the_word_is_gone(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(4) as cluster:
+        node = await lose_all_members(cluster)
+        before = cluster.map
+        assert any(node not in g.sync for g in before.pools[3])
+        await put(cluster, KEYS.accepted_loss, word(cluster, node))
+        await until(lambda: KEYS.accepted_loss not in cluster.server.keys)
+        for old, new in zip(before.pools[3], cluster.map.pools[3], strict=True):
+            assert new.sync == (node,)
+            assert new.changed > old.changed or node in old.sync
+        # The others come back: they join, whatever they have.
+        for other in {1, 2, 3, 4} - {node}:
+            cluster.start(other)
+        await until(lambda: list(cluster.states().values()).count(NodeState.DOWN) == 0)
+        assert all(g.sync == (node,) for g in cluster.map.pools[3])
+
+
+async def test_a_word_given_on_an_older_map_does_nothing(autojump_clock: MockClock) -> None:
+    async with cluster_of(4) as cluster:
+        node = await lose_all_members(cluster)
+        before = cluster.map
+        changed = min(g.changed for g in before.pools[3] if node not in g.sync)
+        await put(cluster, KEYS.accepted_loss, word(cluster, node, changed - 1))
+        await until(lambda: KEYS.accepted_loss not in cluster.server.keys)
+        await trio.sleep(3)
+        assert [g.sync for g in cluster.map.pools[3]] == [g.sync for g in before.pools[3]]
+
+
+async def test_a_word_does_nothing_once_a_node_with_the_data_is_back(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(4) as cluster:
+        node = await lose_all_members(cluster)
+        given = word(cluster, node)
+        holders = {n for g in cluster.map.pools[3] for n in g.sync} - {node}
+        for holder in holders:
+            cluster.start(holder)
+        await until(lambda: all(cluster.states()[n] is not NodeState.DOWN for n in holders))
+        before = [g.sync for g in cluster.map.pools[3]]
+        await put(cluster, KEYS.accepted_loss, given)
+        await until(lambda: KEYS.accepted_loss not in cluster.server.keys)
+        assert [g.sync for g in cluster.map.pools[3]] == before
+
+
+# --- a leader that is paused ---------------------------------------------------------------------
+
+
+class Pause:
+    """Stops a leader's process at its next commit, and lets it go on when told."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.began = trio.Event()
+        self.over = trio.Event()
+        self.outcome: list[int | None] = []
+        self._commit = daemon.store.commit
+        self._keep_alive = daemon.store.keep_alive
+        self._daemon = daemon
+        daemon.store.commit = self._paused  # type: ignore[method-assign]
+        daemon.store.keep_alive = self._renew  # type: ignore[method-assign]
+
+    async def _renew(self, lease: int) -> bool:
+        if self.began.is_set():
+            await self.over.wait()
+        return await self._keep_alive(lease)
+
+    async def _paused(self, txn: Transaction) -> int | None:
+        self._daemon.is_silent = True
+        self.began.set()
+        await self.over.wait()
+        self._daemon.is_silent = False
+        self._daemon.store.commit = self._commit  # type: ignore[method-assign]
+        self.outcome.append(await self._commit(txn))
+        return self.outcome[-1]
+
+
+async def test_a_leader_that_is_paused_finds_itself_replaced_and_does_no_harm(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        old = the_leader(cluster)
+        pause = Pause(old)
+        cluster.start(4)
+        await pause.began.wait()
+        await until(lambda: any(d is not old for d in cluster.leaders()))
+        new = next(d for d in cluster.leaders() if d is not old)
+        await until(lambda: cluster.states()[old.node] is NodeState.DOWN)
+        await until(lambda: 4 in cluster.map.nodes)
+        before, published = cluster.map, len(old.maps)
+        # It wakes, as sure as ever that it leads, with reports and a decision in its hands.
+        assert old.leader.is_leader
+        group = JoinedGroup(3, 0, before.pools[3][0].changed)
+        old.leader.joined(4, 1, [group])
+        old.leader.report(new.node, new.announcer.incarnation)
+        pause.over.set()
+        await until(lambda: not old.leader.is_leader)
+        assert pause.outcome == [None]
+        committed = {m.epoch: m for daemon in cluster.running.values() for m in daemon.maps}
+        for late in old.maps[published:]:
+            assert late == committed[late.epoch]
+            assert late.epoch >= before.epoch
+        assert cluster.leaders() == [new]
+        await cluster.settle(4)
+
+
+async def test_a_claim_whose_reply_was_lost_makes_one_leader(autojump_clock: MockClock) -> None:
+    async with cluster_of(3) as cluster:
+        for daemon in cluster.running.values():
+            if not daemon.leader.is_leader:
+                daemon.store.lose_next_reply()
+        the_leader(cluster).kill()
+        await until(lambda: len(cluster.leaders()) == 1)
+        await trio.sleep(5)
+        assert len(cluster.leaders()) == 1
+        await until(lambda: list(cluster.states().values()).count(NodeState.DOWN) == 1)
+
+
+async def test_reports_that_a_replaced_leader_took_are_given_to_the_new_one(
+    autojump_clock: MockClock,
+) -> None:
+    """Who catches up says so again until the map shows it."""
+    async with cluster_of(3) as cluster:
+        old = the_leader(cluster)
+        old.store.partition()
+        await until(lambda: any(d is not old for d in cluster.leaders()))
+        cluster.start(4)
+        await until(lambda: 4 in cluster.map.nodes)
+        old.store.heal()
+        await cluster.settle(4)
+        assert all(not g.joining for g in cluster.map.pools[3])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import pytest
@@ -15,18 +16,20 @@ from hypothesis.stateful import (
 )
 
 from sheepfs.core.clustermap import ClusterMap, NodeState, PlacementGroup
-from sheepfs.core.metadata import AliveRecord
-from storaged.logic.leader import Joined, decide
+from sheepfs.core.metadata import AcceptedLoss, AliveRecord, NodeWish
+from storaged.logic.leader import DEFAULT_PATIENCE, Joined, decide
+from storaged.logic.moves import PER_NODE
 
 PGS = 8
 EMPTY = ClusterMap(0, "c" * 32)
 
 
-def alive(*nodes: int, run: int = 1, draining: Collection[int] = ()) -> dict[int, AliveRecord]:
-    return {
-        n: AliveRecord(n, 100 * n + run, f"host-{n}:7000", f"zone-{n}", 1.0, n in draining)
-        for n in nodes
-    }
+def alive(*nodes: int, run: int = 1) -> dict[int, AliveRecord]:
+    return {n: AliveRecord(n, 100 * n + run, f"host-{n}:7000", f"zone-{n}", 1.0) for n in nodes}
+
+
+def draining(*nodes: int) -> dict[int, NodeWish]:
+    return {n: NodeWish(n, draining=True) for n in nodes}
 
 
 def step(
@@ -37,8 +40,20 @@ def step(
     pools: Collection[int] = (3,),
     joined: Collection[Joined] = (),
     now: float = 0.0,
+    wishes: Mapping[int, NodeWish] | None = None,
+    accepted: AcceptedLoss | None = None,
 ) -> ClusterMap:
-    following = decide(current, records, set(unreachable), pools, PGS, joined, now)
+    following = decide(
+        current,
+        records,
+        set(unreachable),
+        pools,
+        PGS,
+        joined,
+        now,
+        wishes=wishes,
+        accepted=accepted,
+    )
     assert following is not None
     return following
 
@@ -57,11 +72,14 @@ def reports(
 
 
 def settle(
-    current: ClusterMap, records: dict[int, AliveRecord], pools: Collection[int] = (3,)
+    current: ClusterMap,
+    records: dict[int, AliveRecord],
+    pools: Collection[int] = (3,),
+    wishes: Mapping[int, NodeWish] | None = None,
 ) -> ClusterMap:
-    for _ in range(50):
+    for _ in range(300):
         joined = reports(current, records)
-        following = decide(current, records, set(), pools, PGS, joined, 1e9)
+        following = decide(current, records, set(), pools, PGS, joined, 1e9, wishes=wishes)
         if following is None:
             return current
         current = following
@@ -248,18 +266,21 @@ def test_a_move_goes_on_as_planned_when_a_leader_looks_again() -> None:
 
 def test_draining_moves_data_away_first() -> None:
     four = settle(EMPTY, alive(1, 2, 3, 4))
-    records = alive(1, 2, 3, 4, draining={4})
-    current = step(four, records)
+    records = alive(1, 2, 3, 4)
+    current = step(four, records, wishes=draining(4))
     assert current.nodes[4].state is NodeState.DRAINING
+    moving = 0
     for before, after in zip(four.pools[3], current.pools[3], strict=True):
         assert set(before.sync) == set(after.sync)
-        assert bool(after.joining) == (4 in before.sync)
-    settled = settle(current, records)
+        assert not after.joining or 4 in before.sync
+        moving += bool(after.joining)
+    assert moving == PER_NODE
+    settled = settle(current, records, wishes=draining(4))
     assert all(set(g.sync) == {1, 2, 3} for g in settled.pools[3])
 
 
 def test_draining_with_nowhere_to_go_lowers_no_redundancy() -> None:
-    settled = settle(three_nodes(), alive(1, 2, 3, draining={3}))
+    settled = settle(three_nodes(), alive(1, 2, 3), wishes=draining(3))
     assert all(set(g.sync) == {1, 2, 3} for g in settled.pools[3])
 
 
@@ -274,6 +295,8 @@ class LeaderMachine(RuleBasedStateMachine):
         self.unreachable: set[tuple[int, int]] = set()
         self.joined: list[Joined] = []
         self.pools = {3}
+        self.wishes: dict[int, NodeWish] = {}
+        self.accepted: AcceptedLoss | None = None
         self.map = EMPTY
 
     def nodes(self) -> list[int]:
@@ -300,17 +323,34 @@ class LeaderMachine(RuleBasedStateMachine):
     def heal(self) -> None:
         self.unreachable.clear()
 
-    @rule(data=st.data(), draining=st.booleans())
+    @rule(node=st.integers(1, 6), draining=st.booleans(), weight=st.sampled_from([-1.0, 0.0, 2.0]))
+    def wish(self, node: int, draining: bool, weight: float) -> None:
+        removed = node in self.wishes and self.wishes[node].removed
+        self.wishes[node] = NodeWish(node, draining, removed, weight)
+
+    @rule(node=st.integers(4, 6))
+    def remove(self, node: int) -> None:
+        self.wishes[node] = NodeWish(node, removed=True)
+
+    @rule(data=st.data(), late=st.booleans())
     @precondition(lambda self: self.records)
-    def drain(self, data: st.DataObject, draining: bool) -> None:
+    def accept_losses(self, data: st.DataObject, late: bool) -> None:
+        """An operator gives up whatever does not serve; perhaps on an old map."""
         node = data.draw(st.sampled_from(self.nodes()))
-        self.records[node] = replace(self.records[node], draining=draining)
+        run = node, self.records[node].incarnation
+        chosen = {
+            (copies, pg): run
+            for copies, groups in self.map.pools.items()
+            for pg, group in enumerate(groups)
+            if late or all(self.map.nodes[n].state is NodeState.DOWN for n in group.sync)
+        }
+        self.accepted = AcceptedLoss.of(max(0, self.map.epoch - 2 * late), chosen)
 
     @rule(copies=st.integers(1, 5))
     def want_pool(self, copies: int) -> None:
         self.pools.add(copies)
 
-    @rule(seconds=st.sampled_from([1.0, 599.0, 601.0]))
+    @rule(seconds=st.sampled_from([1.0, 299.0, 599.0, 601.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
@@ -324,33 +364,53 @@ class LeaderMachine(RuleBasedStateMachine):
     def lead(self) -> None:
         before = self.map
         after = decide(
-            before, self.records, self.unreachable, self.pools, PGS, self.joined, self.now
+            before,
+            self.records,
+            self.unreachable,
+            self.pools,
+            PGS,
+            self.joined,
+            self.now,
+            wishes=self.wishes,
+            accepted=self.accepted,
         )
         if after is None:
             self.joined.clear()
+            self.accepted = None
             return
         assert after.epoch == before.epoch + 1
         assert (after.nodes, after.pools) != (before.nodes, before.pools)
+        self.begun: Counter[int] = Counter()
         for copies, groups in before.pools.items():
             for pg, group in enumerate(groups):
                 self.check_group(before, after, copies, pg, group)
+        assert max(self.begun.values(), default=0) <= PER_NODE
+        self.check_nodes(after)
         self.joined.clear()
+        self.accepted = None
         self.map = after
 
     def check_group(
         self, before: ClusterMap, after: ClusterMap, copies: int, pg: int, old: PlacementGroup
     ) -> None:
         new = after.pools[copies][pg]
+        given_up = self.is_given_up(copies, pg, old)
         for node in new.sync:
             run = after.nodes[node].incarnation
             said = Joined(node, run, copies, pg, old.changed) in self.joined
-            assert node in old.sync or (node in old.joining and said)
-            gone = (
-                node not in self.records
-                or (node, run) in self.unreachable
-                or run != before.nodes[node].incarnation
+            assert (given_up and new.sync == (node,)) or (
+                node in old.sync or (node in old.joining and said)
             )
+            gone = self.is_gone(before, node)
             assert not gone or new.sync == (node,) or self._all_vanished(new.sync)
+        stayed = {n for n in old.sync if not self.is_gone(before, n)}
+        if not stayed <= set(new.sync):
+            removed = {n for n, wish in self.wishes.items() if wish.removed}
+            assert len(new.sync) >= min(copies, len(stayed - removed))
+            assert not new.joining
+            assert not new.away
+        if new.joining and stayed == set(old.members) and len(stayed) >= copies and not old.away:
+            self.begun.update({*new.members, *old.members})
         renewed = any(
             after.nodes[n].incarnation != before.nodes[n].incarnation
             for n in new.members
@@ -361,13 +421,47 @@ class LeaderMachine(RuleBasedStateMachine):
         else:
             assert new.changed == old.changed
 
+    def check_nodes(self, after: ClusterMap) -> None:
+        for node, wish in self.wishes.items():
+            if wish.removed and node in after.nodes:
+                groups = [g for groups in after.pools.values() for g in groups]
+                assert any(node in (*g.members, *g.away) for g in groups)
+        for node, record in self.records.items():
+            entry = after.nodes.get(node)
+            if entry and entry.state is NodeState.DOWN:
+                is_reached = (node, record.incarnation) not in self.unreachable
+                assert (
+                    not is_reached
+                    or self.now < entry.held_until <= self.now + DEFAULT_PATIENCE.longest_s
+                )
+
+    def is_gone(self, before: ClusterMap, node: int) -> bool:
+        record = self.records.get(node)
+        return (
+            record is None
+            or (node, record.incarnation) in self.unreachable
+            or node not in before.nodes
+            or record.incarnation != before.nodes[node].incarnation
+        )
+
+    def is_given_up(self, copies: int, pg: int, old: PlacementGroup) -> bool:
+        word = self.accepted
+        return (
+            word is not None
+            and (copies, pg) in word.chosen()
+            and old.changed <= word.epoch
+            and self._all_vanished(old.sync)
+        )
+
     @invariant()
     def map_is_sound(self) -> None:
-        for groups in getattr(self, "map", EMPTY).pools.values():
+        current = getattr(self, "map", EMPTY)
+        for groups in current.pools.values():
             for group in groups:
                 assert group.sync
                 ids = group.sync + group.joining + group.away
                 assert len(set(ids)) == len(ids)
+                assert set(ids) <= current.nodes.keys()
 
     def _all_vanished(self, nodes: Collection[int]) -> bool:
         return not any(
@@ -381,15 +475,17 @@ class LeaderMachine(RuleBasedStateMachine):
         everyone = {
             n: self.records.get(n) or alive(n, run=9999)[n] for n in {*self.map.nodes, 1, 2, 3}
         }
-        everyone = {n: replace(r, draining=False) for n, r in everyone.items()}
-        final = settle(self.map, everyone, self.pools)
+        wishes = {n: wish for n, wish in self.wishes.items() if wish.removed}
+        final = settle(self.map, everyone, self.pools, wishes)
+        there = everyone.keys() - wishes.keys()
         for copies, groups in final.pools.items():
             for group in groups:
-                assert len(group.sync) == min(copies, len(everyone))
+                assert len(group.sync) == min(copies, len(there))
                 assert not group.joining
                 assert not group.away
+        assert final.nodes.keys() == there
         assert {n.state for n in final.nodes.values()} == {NodeState.ACTIVE}
 
 
 TestLeaderMachine = LeaderMachine.TestCase
-TestLeaderMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLeaderMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -4,11 +4,11 @@ import pytest
 import trio
 
 from fakes.etcd import FakeEtcd, FakeServer
-from sheepfs.core.clustermap import ClusterMap
-from sheepfs.core.errors import UnreachableError, WrongClusterError
+from sheepfs.core.clustermap import ClusterMap, Node, NodeState
+from sheepfs.core.errors import UnreachableError, UsageError, WrongClusterError
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.core.metadata import AliveRecord, Keys
-from storaged.membership import Announcer, MapFollower, ensure_config, register
+from sheepfs.core.metadata import AliveRecord, Keys, NodeWish
+from storaged.membership import Announcer, MapFollower, ensure_config, refuse_removed, register
 
 KEYS = Keys("test")
 CLUSTER = "c" * 32
@@ -124,18 +124,18 @@ async def test_a_lost_lease_is_replaced_and_the_incarnation_stays(
         nursery.cancel_scope.cancel()
 
 
-async def test_draining_is_announced_at_once(
+async def test_another_weight_is_announced_at_once(
     fake_etcd: FakeEtcd, autojump_clock: trio.testing.MockClock
 ) -> None:
     me = announcer(fake_etcd)
     async with trio.open_nursery() as nursery:
         await nursery.start(me.run)
         await until_announced(fake_etcd)
-        me.change(draining=True)
+        me.change_weight(20.0)
         await trio.sleep(0.1)
         record = await alive_record(fake_etcd, 1)
         assert record is not None
-        assert record.draining
+        assert record.weight == 20.0
         nursery.cancel_scope.cancel()
 
 
@@ -185,3 +185,16 @@ async def test_following_the_map_outlives_an_outage_and_a_bad_value(
         await trio.sleep(1)
         assert follower.map.epoch == 4
         nursery.cancel_scope.cancel()
+
+
+async def test_a_removed_node_is_refused_once_no_group_needs_it(fake_etcd: FakeEtcd) -> None:
+    await refuse_removed(fake_etcd, KEYS, 3)
+    node = Node(3, NodeState.DOWN, "h:1", 7, "z", 0.0)
+    needed, gone = ClusterMap(5, CLUSTER, {3: node}), ClusterMap(6, CLUSTER)
+    wish = Put(KEYS.wish(3), NodeWish(3, removed=True).encode())
+    await fake_etcd.commit(Transaction([], [wish, Put(KEYS.map, needed.encoded)]))
+    await refuse_removed(fake_etcd, KEYS, 3)
+    await fake_etcd.commit(Transaction([], [Put(KEYS.map, gone.encoded)]))
+    with pytest.raises(UsageError, match="node 3 was removed from the cluster"):
+        await refuse_removed(fake_etcd, KEYS, 3)
+    await refuse_removed(fake_etcd, KEYS, 4)
