@@ -14,11 +14,12 @@ from sheepfs.core.errors import (
     SheepError,
     Status,
 )
-from sheepfs.core.geometry import BLOCKS_PER_OBJECT, describe_oid, layer_of
-from sheepfs.core.wire import Buffer, Header, Op
+from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, describe_oid, layer_of
+from sheepfs.core.wire import FLAG_YIELD, Buffer, Header, Op
 from storaged.copies import Copies
 from storaged.logic.gate import Refusal, check_token
 from storaged.requests import Client
+from storaged.store.level import Difference
 from storaged.store.objects import Sources
 
 log = logging.getLogger(__name__)
@@ -91,14 +92,20 @@ class Comparing(Copies):
         if entry.suspect:
             self._when_trusted(client, header, payload)
             return
+        if header.flags & FLAG_YIELD and not self.pacer.may_serve(entry.blocks * BLOCK_SIZE):
+            raise Refusal(Status.BUSY, "clients come first")
         self.hold(header.oid)
         self._nursery.start_soon(self._export, client, header, bytes(payload))
 
     async def _export(self, client: Client, header: Header, hashes: bytes) -> None:
         oid = header.oid
+
+        def export() -> tuple[Difference, bytes]:
+            found = self.store.difference(oid, hashes)
+            return found, b"".join((found.differs, found.zero, *found.blocks))
+
         try:
-            found = await trio.to_thread.run_sync(self.store.difference, oid, hashes)
-            body = b"".join((found.differs, found.zero, *found.blocks))
+            found, body = await trio.to_thread.run_sync(export)
             client.reply(header, body, version=found.version, span=found.lineage)
         except SheepError as error:
             self.fail(client, header, error)

@@ -7,8 +7,10 @@ from typing import cast
 import trio
 from trio.testing import MockClock
 
+from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.errors import RetryableError, SheepError
-from storaged.recovery import RETRY_DELAY_S, Peers, Recovery
+from storaged.pulling import RETRY_DELAY_S, Peers
+from storaged.recovery import Recovery
 from storaged.replica import Replica
 
 
@@ -21,6 +23,9 @@ class Stuck(Recovery):
 
     async def _told(self, groups: object) -> None: ...
 
+    def _joining(self) -> list[tuple[int, int, PlacementGroup]]:
+        return []
+
     async def _round(self) -> bool:
         self.rounds += 1
         await trio.lowlevel.checkpoint()
@@ -30,7 +35,7 @@ class Stuck(Recovery):
         return False
 
     async def _try_to_pull(
-        self, oid: int, pool: int, pg: int, source: int | None
+        self, oid: int, pool: int, pg: int, source: int | None, flags: int = 0
     ) -> SheepError | None:
         self.rounds += 1
         await trio.lowlevel.checkpoint()
