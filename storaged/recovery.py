@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
+import trio.lowlevel
 
 from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.errors import (
@@ -28,7 +29,7 @@ from sheepfs.core.errors import (
     UnreachableError,
 )
 from sheepfs.core.geometry import describe_oid
-from sheepfs.core.wire import FLAG_YIELD, Op
+from sheepfs.core.wire import Op
 from storaged.logic.catchup import Level, Listed, Plan, plan, waves
 from storaged.logic.progress import Group, Progress
 from storaged.pulling import PULL_TIMEOUT_S, RETRY_DELAY_S, Peers, Pulling
@@ -291,41 +292,48 @@ class Recovery(Pulling):
                     nursery.start_soon(self._pull_one, oid, sizes.get(oid, 0), key, level)
 
     async def _pull_one(self, oid: int, size_bytes: int, key: Group, level: Level) -> None:
-        """Pull an object when it is its turn, unless a client's write has been faster."""
+        """Pull an object, unless a client's change has been faster."""
+        counters = self._replica.counters
+        before = counters.pulled_bytes
         try:
-            while oid not in level.fresh:
-                await self._replica.pacer.turn(size_bytes)
-                if not self._is_current(*key) or self._replica.is_held(oid):
-                    # Whoever holds it may level it; if not, the next round does.
-                    return
-                if oid in level.fresh or not await self._pull_now(oid, size_bytes, key):
-                    return
+            while oid not in level.fresh and self._is_current(*key):
+                if await self._pulled(oid, key):
+                    self._unreported_bytes += counters.pulled_bytes - before
+        except ObjectNotFoundError:
+            log.debug("%s: is not there any more", describe_oid(oid))
         except SheepError as error:
             log.info("%s: cannot be pulled yet: %s", describe_oid(oid), error)
         finally:
+            if oid in level.fresh:
+                moved = counters.pulled_bytes - before
+                self.progress.done(key, size_bytes, moved, trio.current_time())
             self._busy -= 1
             self._slot_free.set()
             self._slot_free = trio.Event()
 
-    async def _pull_now(self, oid: int, size_bytes: int, key: Group) -> bool:
-        """Pull an object; tells whether its source asks to come again. Raises SheepError."""
-        before = self._replica.counters.pulled_bytes
-        self._replica.hold(oid)
+    async def _pulled(self, oid: int, key: Group) -> bool:
+        """Try to pull an object; tells whether it was. Raises SheepError if it has to wait."""
+        replica, (pool, pg, _) = self._replica, key
         try:
-            problem = await self._try_to_pull(oid, key[0], key[1], None, FLAG_YIELD)
-        finally:
-            self._replica.release(oid)
-        if problem is None:
-            moved = self._replica.counters.pulled_bytes - before
-            self._unreported_bytes += moved
-            self.progress.done(key, size_bytes, moved, trio.current_time())
+            if await self.fetch(oid, pool, pg):
+                return True
+        except UnreachableError:
+            raise
+        except RetryableError as error:
+            log.debug("%s: %s", describe_oid(oid), error)
+            await trio.sleep(RETRY_DELAY_S)
             return False
-        if isinstance(problem, ObjectNotFoundError):
-            self.progress.done(key, size_bytes, 0, trio.current_time())
-        self._replica.pacer.give_back(size_bytes)
-        if not isinstance(problem, RetryableError) or isinstance(problem, UnreachableError):
+        # It is written to faster than it can be fetched: clients' changes of it must wait a while.
+        if oid in replica.fresh_of(pool, pg) or replica.is_held(oid) or not self._is_current(*key):
+            await trio.lowlevel.checkpoint()
+            return False
+        replica.hold(oid)
+        try:
+            problem = await self._try_to_pull(oid, pool, pg, None)
+        finally:
+            replica.release(oid)
+        if problem is not None:
             raise problem
-        await trio.sleep(RETRY_DELAY_S)
         return True
 
     def _has_room(self, size_bytes: int) -> bool:

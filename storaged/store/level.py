@@ -165,8 +165,10 @@ class Leveller:
             self._disk.close(fd)
         return bytes(table)
 
-    def difference(self, oid: int, digests: bytes) -> Difference:
-        """Compare a good object with another copy's digests. Blocks. Raises as `read`."""
+    def difference(
+        self, oid: int, digests: bytes, first: int = 0, end: int = BLOCKS_PER_OBJECT
+    ) -> Difference:
+        """Compare blocks of a good object with another copy's digests. Blocks. Raises as `read`."""
         for _ in range(_TRIES):
             entry = self._catalog.objects.get(oid)
             if entry is None or entry.state != OK or self._health.failed is not None:
@@ -176,7 +178,7 @@ class Leveller:
             version, lineage = entry.version, entry.lineage
             mine = _ALL.unpack_from(file.table)
             theirs = _ALL.unpack(digests)
-            differs = [i for i in range(BLOCKS_PER_OBJECT) if mine[i] != theirs[i]]
+            differs = [i for i in range(first, end) if mine[i] != theirs[i]]
             wanted = [0] * BLOCKS_PER_OBJECT
             for i in differs:
                 wanted[i] = mine[i]
@@ -367,6 +369,16 @@ class Leveller:
 def bitmap(numbers: Iterable[int]) -> bytes:
     """Give 128 bytes with the bits of these blocks set (the inverse of `blocks_in`)."""
     return sum(1 << i for i in numbers).to_bytes(BITMAP_SIZE, "little")
+
+
+def union(bitmaps: Iterable[Buffer]) -> bytes:
+    """Give 128 bytes with the bits set that one of the bitmaps has (ProtocolError)."""
+    found = 0
+    for bits in bitmaps:
+        if len(bits) != BITMAP_SIZE:
+            raise ProtocolError("a patch without its two bitmaps")
+        found |= int.from_bytes(bits, "little")
+    return found.to_bytes(BITMAP_SIZE, "little")
 
 
 def make_patch(

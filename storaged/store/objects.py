@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from sheepfs.core.errors import NoSpaceError, SheepError
-from sheepfs.core.geometry import format_oid, layer_of, pg_of
+from sheepfs.core.geometry import BLOCKS_PER_OBJECT, format_oid, layer_of, pg_of
 from sheepfs.core.wire import Buffer
 from storaged.store import startup
 from storaged.store.directory import DataDirectory
@@ -216,9 +216,14 @@ class ObjectStore(DataDirectory):
         """
         return self._leveller.digests(oid)
 
-    def difference(self, oid: int, digests: bytes) -> Difference:
-        """Compare an object with another copy's `digests`. Blocks. Raises: as `read`."""
-        return self._leveller.difference(oid, digests)
+    def difference(
+        self, oid: int, digests: bytes, first: int = 0, end: int = BLOCKS_PER_OBJECT
+    ) -> Difference:
+        """Compare an object with another copy's `digests`, from block `first` to before `end`.
+
+        Blocks. Raises: as `read`.
+        """
+        return self._leveller.difference(oid, digests, first, end)
 
     def patch(self, oid: int, patch: Patch, *, pool: int, pg: int) -> None:
         """Make a marked object (made if absent) equal to a source's. Blocks; durable when flushed.

@@ -23,6 +23,8 @@ class Stuck(Recovery):
 
     async def _told(self, groups: object) -> None: ...
 
+    async def _guard(self) -> None: ...
+
     def _joining(self) -> list[tuple[int, int, PlacementGroup]]:
         return []
 
@@ -35,7 +37,7 @@ class Stuck(Recovery):
         return False
 
     async def _try_to_pull(
-        self, oid: int, pool: int, pg: int, source: int | None, flags: int = 0
+        self, oid: int, pool: int, pg: int, source: int | None
     ) -> SheepError | None:
         self.rounds += 1
         await trio.lowlevel.checkpoint()
