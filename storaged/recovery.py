@@ -128,7 +128,7 @@ class Recovery(Pulling):
     async def _round(self) -> bool:
         """Catch up with all groups to join; tells whether nothing is left to do."""
         joining = self._joining()
-        self.progress.begin({_key(*group) for group in joining}, trio.current_time())
+        self.progress.begin([_key(*group) for group in joining], trio.current_time())
         if not joining:
             return True
         await self._in_parallel(self._survey, joining)
