@@ -135,9 +135,10 @@ def test_a_disk_that_fills_up_within_a_patch_stays_in_use(
             disk.fill(left)
             return DiskSpace(disk.capacity, 1 << 30)
 
-        with monkeypatch.context() as patched, pytest.raises(NoSpaceError):
+        with monkeypatch.context() as patched:
             patched.setattr(disk, "space", look_and_fill)
-            level(store, A, target, 99)
+            with pytest.raises(NoSpaceError):
+                level(store, A, target, 99)
         disk.capacity = 1 << 40
     assert store.get(new) is None
     assert store.suspects() == [B]
