@@ -14,11 +14,12 @@ from sheepfs.core.errors import (
     SheepError,
     Status,
 )
-from sheepfs.core.geometry import BLOCKS_PER_OBJECT, describe_oid, layer_of
-from sheepfs.core.wire import Buffer, Header, Op
+from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SIZE, describe_oid, layer_of
+from sheepfs.core.wire import FLAG_YIELD, Buffer, Header, Op
 from storaged.copies import Copies
 from storaged.logic.gate import Refusal, check_token
 from storaged.requests import Client
+from storaged.store.level import Difference
 from storaged.store.objects import Sources
 
 log = logging.getLogger(__name__)
@@ -81,8 +82,11 @@ class Comparing(Copies):
             client.reply(header, body, version=entry.version, span=entry.lineage)
 
     def _pull(self, client: Client, header: Header, payload: Buffer) -> None:
-        """A peer sends the hashes of its blocks and gets those that differ."""
+        """A peer sends the hashes of its blocks and gets those that differ, in a range."""
         self.gate.check_sync(header)
+        end = header.offset + (header.span or OBJECT_SIZE)
+        if (header.offset | end) % BLOCK_SIZE or end > OBJECT_SIZE:
+            raise Refusal(Status.BAD_REQUEST, "a pull of no range of blocks")
         if len(payload) != HASH_TABLE_SIZE:
             raise Refusal(Status.BAD_REQUEST, "a pull carries 8192 bytes of block hashes")
         entry = self.store.get(header.oid)
@@ -91,14 +95,23 @@ class Comparing(Copies):
         if entry.suspect:
             self._when_trusted(client, header, payload)
             return
+        size = min(end - header.offset, entry.blocks * BLOCK_SIZE)
+        if header.flags & FLAG_YIELD and not self.pacer.may_serve(size):
+            raise Refusal(Status.BUSY, "clients come first")
         self.hold(header.oid)
         self._nursery.start_soon(self._export, client, header, bytes(payload))
 
     async def _export(self, client: Client, header: Header, hashes: bytes) -> None:
         oid = header.oid
+
+        def export() -> tuple[Difference, bytes]:
+            first = header.offset // BLOCK_SIZE
+            end = first + (header.span or OBJECT_SIZE) // BLOCK_SIZE
+            found = self.store.difference(oid, hashes, first, end)
+            return found, b"".join((found.differs, found.zero, *found.blocks))
+
         try:
-            found = await trio.to_thread.run_sync(self.store.difference, oid, hashes)
-            body = b"".join((found.differs, found.zero, *found.blocks))
+            found, body = await trio.to_thread.run_sync(export)
             client.reply(header, body, version=found.version, span=found.lineage)
         except SheepError as error:
             self.fail(client, header, error)

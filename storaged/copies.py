@@ -56,7 +56,11 @@ class Copies(Durability):
         """Tell whether a base can be copied now; else answer, or see to what has to come first."""
         entry = self.store.get(base)
         work: Callable[[int], Any]
-        if role is Role.JOINING and base not in self.fresh_of(header.pool, header.pg):
+        level = self.level_of(header.pool, header.pg)
+        if role is Role.JOINING and base not in level.fresh:
+            if not level.is_complete:
+                self._miss(client, header, payload)
+                return False
             work = lambda oid: self._level_base(base, header.pool, header.pg)  # noqa: E731
         elif entry is None or entry.version != header.prev or entry.suspect:
             if self.is_held(base):

@@ -20,7 +20,7 @@ import trio
 from sheepfs import __version__
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError
-from sheepfs.core.metadata import ClusterConfig, Keys
+from sheepfs.core.metadata import ClusterConfig, Keys, RecoveryRecord
 from sheepfs.core.wire import Op
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
@@ -44,6 +44,7 @@ from storaged.recovery import JoinedGroup, Recovery, encode_joined
 from storaged.removal import Removal
 from storaged.replica import Replica
 from storaged.server import Server
+from storaged.settings import Setting
 from storaged.store.disk import Disk
 from storaged.store.objects import ObjectStore
 
@@ -165,6 +166,7 @@ class Daemon:
             parts.replica.incarnation = await nursery.start(announcer.run)
             nursery.start_soon(parts.router.run)
             nursery.start_soon(parts.recovery.run)
+            nursery.start_soon(parts.recovery_setting.run)
             nursery.start_soon(parts.follower.run)
             nursery.start_soon(parts.leader.run)
             nursery.start_soon(parts.reclaimer.run)
@@ -224,13 +226,23 @@ class _Parts:
         self.follower = MapFollower(store, keys, config.cluster, self._on_map)
         self.router = Router(config.cluster, self._no_map, node, network)
         self.router.on_map.append(lambda old, new: self._take(new))
+        self.recovery_setting = Setting(store, keys.setting("recovery"), RecoveryRecord())
+        self.replica.pacer.follow(lambda: self.recovery_setting.value)
         self.recovery = Recovery(self.replica, self.router, self._tell_joined)
         self.replica.puller = self.recovery
 
         async def ping_run(address: str, incarnation: int) -> bool:
             return await ping(address, incarnation, config.cluster, network)
 
-        self.leader = Leader(store, keys, config, announcer, ping_run, self._take)
+        self.leader = Leader(
+            store,
+            keys,
+            config,
+            announcer,
+            ping_run,
+            self._take,
+            out_after_s=lambda: self.recovery_setting.value.out_after_s,
+        )
         self.removal = Removal(self.replica, nursery)
         self.leftovers = Leftovers(self.replica, self.router)
         self.reclaimer = Reclaimer(
@@ -306,6 +318,7 @@ class _Parts:
         usage = self._objects.usage()
         counters = self.replica.counters
         record = self._announcer.record
+        progress = self.recovery.progress.status(trio.current_time())
         return {
             "node": record.id,
             "incarnation": record.incarnation,
@@ -326,7 +339,8 @@ class _Parts:
             "pulled_objects": counters.pulled_objects,
             "pulled_bytes": counters.pulled_bytes,
             "suspects": len(self._objects.suspects()),
-            "joining": self.recovery.groups_left,
+            "joining": progress["groups_left"],
+            "recovery": progress,
             "version": __version__,
             **self.server.statistics(),
         }

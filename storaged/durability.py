@@ -40,6 +40,7 @@ class Durability(Requests):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._marker)
             nursery.start_soon(self._flusher)
+            nursery.start_soon(self.pacer.run)
 
     def _mark_first(self, client: Client, header: Header, payload: Buffer) -> None:
         """Hold the object until it is marked, then carry out the request."""
@@ -66,6 +67,7 @@ class Durability(Requests):
                 self.release(oid)
 
     def _flush(self, client: Client, header: Header, payload: Buffer) -> None:
+        self.counters.client_requests += 1
         check_token(header, self.tokens)
         self._flushes.append(Request(client, header, b""))
         self._flush_wanted.set()

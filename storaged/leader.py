@@ -56,6 +56,7 @@ class Leader:
         announcer: this daemon's announcement, whose lease the leader key hangs on.
         ping: asks an address for a run (storaged.ping).
         on_map: called with each map that this leader committed or found.
+        out_after_s: how long a node may be down before it is given up; asked at each decision.
         wall: seconds since 1970, read once; stamps `down_since`.
     """
 
@@ -68,7 +69,7 @@ class Leader:
         ping: Ping,
         on_map: Callable[[ClusterMap], None],
         *,
-        out_after_s: float = OUT_AFTER_S,
+        out_after_s: Callable[[], float] = lambda: OUT_AFTER_S,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.is_leader = False
@@ -275,7 +276,7 @@ class Leader:
             self._config.pg_count,
             taken,
             self._started_wall + trio.current_time(),
-            self._out_after_s,
+            self._out_after_s(),
             seen.wishes,
             seen.accepted,
             seen.patience,

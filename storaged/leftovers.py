@@ -19,7 +19,7 @@ from sheepfs.core.clustermap import ClusterMap, NodeState, PlacementGroup
 from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
 from sheepfs.core.geometry import describe_oid, layer_of, serial_of
 from sheepfs.core.wire import Op
-from storaged.recovery import Peers
+from storaged.pulling import Peers
 from storaged.replica import Replica
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from sheepfs.core.geometry import (
     pool_of,
 )
 from sheepfs.core.wire import Op
-from storaged.recovery import Peers
+from storaged.pulling import Peers
 from storaged.replica import Replica, as_buffer
 from storaged.store.format import blocks_in
 

@@ -1,11 +1,10 @@
 """Catching up: bring this node's copies level with members that stayed, then join.
 
 Always holds:
-- The source is a `sync` member of the group's current epoch, never this node's own memory of who
-  had what (I8).
-- A copy is patched block by block to be equal to the source's at one version of it.
 - Strays (objects that the sync member does not have) go to quarantine, they are not deleted (I4).
 - `joined` is told to the leader only after everything patched is durable.
+- What is copied leaves the reserve of the disk alone, and some room for clients above it (I14).
+- Which holders were fenced is learnt beside all that: a change must not wait for other groups.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 import trio
+import trio.lowlevel
 
-from sheepfs.core.clustermap import ClusterMap, PlacementGroup
+from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.errors import (
     NoSpaceError,
     ObjectNotFoundError,
@@ -31,22 +30,23 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import describe_oid
 from sheepfs.core.wire import Op
-from sheepfs.net.link import Link
-from storaged.comparing import decode_layout
-from storaged.logic.catchup import Listed, plan, waves
+from storaged.logic.catchup import Level, Listed, Plan, plan, waves
+from storaged.logic.progress import Group, Progress
+from storaged.pulling import PULL_TIMEOUT_S, RETRY_DELAY_S, Peers, Pulling
 from storaged.replica import Replica
-from storaged.store.entry import sibling
-from storaged.store.format import BITMAP_SIZE
-from storaged.store.level import make_patch
+from storaged.store.format import META_SIZE
 
 log = logging.getLogger(__name__)
 
-PULL_TIMEOUT_S = 5.0
-RETRY_DELAY_S = 0.1
-PATIENCE_S = 2.0
-"""How long a pull waits for a peer to be reachable: requests on the object wait meanwhile."""
 PARALLEL_GROUPS = 4
-PARALLEL_PULLS = 4
+REPORT_BYTES = 256 << 20
+"""So much is pulled between two reports: groups that are done need not wait for the others."""
+MARK_AT_ONCE = 64
+WAITING_RETRY_S = 1.0
+PAUSED = "paused"
+NO_ROOM = "the disk is full up to the reserve"
+ROOM_FOR_CLIENTS = 64 << 20
+"""Recovery stops this far above the reserve, or at a hundredth of a smaller disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +58,8 @@ class JoinedGroup:
     changed: int
 
 
-class Peers(Protocol):
-    """Live links to other nodes (sheepfs.net.router)."""
-
-    map: ClusterMap
-
-    def link(self, node: int) -> Link | None:
-        """The live link to a node's current incarnation, if there is one."""
-        ...
-
-
-class Recovery:
-    """Pulls objects from peers, for one node."""
+class Recovery(Pulling):
+    """Catches up with groups, for one node."""
 
     def __init__(
         self,
@@ -77,16 +67,20 @@ class Recovery:
         peers: Peers,
         tell_joined: Callable[[list[JoinedGroup]], Awaitable[None]],
     ) -> None:
-        self._replica = replica
-        self._peers = peers
+        super().__init__(replica, peers)
         self._tell_joined = tell_joined
         self._is_wanted = False
         """The map changed since the last round began."""
-        self._changed = trio.Event()
-        self._limit = trio.CapacityLimiter(PARALLEL_PULLS)
         self._to_keep: dict[int, int] = {}
         """Fences learned and not durable yet."""
-        self.groups_left = 0
+        self._done: list[JoinedGroup] = []
+        """Groups that are level and not reported yet."""
+        self._unreported_bytes = 0
+        self._reporting = trio.Lock()
+        self._busy = 0
+        """Objects that are being pulled behind the clients' backs."""
+        self._slot_free = trio.Event()
+        self.progress = Progress()
 
     def map_changed(self) -> None:
         """A new map is there: perhaps there is something to join."""
@@ -96,13 +90,29 @@ class Recovery:
 
     async def run(self) -> None:
         """Catch up whenever the map says that this node joins a group."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._guard)
+            nursery.start_soon(self._recover)
+
+    async def _guard(self) -> None:
+        """Learn of groups to join who was fenced, as soon as the map names them."""
+        while True:
+            changed = self._changed
+            unguarded = [g for g in self._joining() if not self._replica.is_guarded(*g[:2])]
+            await self._learn_fences(unguarded)
+            with trio.move_on_after(RETRY_DELAY_S if unguarded else float("inf")):
+                await changed.wait()
+
+    async def _recover(self) -> None:
         while True:
             while not self._is_wanted:
                 await self._changed.wait()
             self._is_wanted = False
             while not await self._round():
                 if not self._is_wanted:
-                    with trio.move_on_after(RETRY_DELAY_S):
+                    with trio.move_on_after(
+                        WAITING_RETRY_S if self.progress.waits else RETRY_DELAY_S
+                    ):
                         await self._changed.wait()
                 self._is_wanted = False
 
@@ -118,35 +128,78 @@ class Recovery:
     async def _round(self) -> bool:
         """Catch up with all groups to join; tells whether nothing is left to do."""
         joining = self._joining()
-        self.groups_left = len(joining)
+        self.progress.begin([_key(*group) for group in joining], trio.current_time())
         if not joining:
             return True
-        await self._learn_fences(joining)
-        done: list[JoinedGroup] = []
-        queue = iter(joining)
+        await self._in_parallel(self._survey, joining)
+        if self._replica.pacer.setting.paused:
+            self.progress.waits = PAUSED
+            return False
+        if self.progress.waits == PAUSED:
+            self.progress.waits = ""
+        await self._in_parallel(self._join, joining)
+        await self._report()
+        # Not finished until the leader's next map says so.
+        return False
+
+    async def _in_parallel(
+        self,
+        work: Callable[[int, int, PlacementGroup], Awaitable[None]],
+        groups: list[tuple[int, int, PlacementGroup]],
+    ) -> None:
+        """Do what can be done with each group; what clients write to comes first."""
+        waiting = {(copies, number): (copies, number, group) for copies, number, group in groups}
 
         async def worker() -> None:
-            for copies, number, group in queue:
+            while waiting:
+                urgent = max(waiting, key=lambda at: len(self._replica.level_of(*at).missed))
+                copies, number, group = waiting.pop(urgent)
+                if not self._is_current(copies, number, group.changed):
+                    continue
                 try:
-                    await self._catch_up(copies, number, group)
-                    done.append(JoinedGroup(copies, number, group.changed))
+                    await work(copies, number, group)
                 except SheepError as error:
                     log.debug("group %d of pool %d must wait: %s", number, copies, error)
 
         async with trio.open_nursery() as nursery:
             for _ in range(PARALLEL_GROUPS):
                 nursery.start_soon(worker)
-        if done:
+
+    def _is_current(self, copies: int, number: int, changed: int) -> bool:
+        group = self._replica.map.pools[copies][number]
+        return group.changed == changed and self._replica.node in group.joining
+
+    async def _survey(self, copies: int, number: int, group: PlacementGroup) -> None:
+        """Find out how much there is to do, for who asks how long it takes."""
+        key = _key(copies, number, group)
+        if key in self.progress.unknown():
+            sizes, todo = await self._compare(copies, number, group)
+            self.progress.found(key, len(todo.pull), sum(sizes.get(oid, 0) for oid in todo.pull))
+
+    async def _join(self, copies: int, number: int, group: PlacementGroup) -> None:
+        await self._catch_up(copies, number, group)
+        if self._is_current(copies, number, group.changed):
+            self._replica.level_of(copies, number).is_complete = True
+            self._done.append(JoinedGroup(copies, number, group.changed))
+        if self._unreported_bytes >= REPORT_BYTES:
+            await self._report()
+
+    async def _report(self) -> None:
+        """Make what was copied durable, then tell the leader of the groups that are level."""
+        async with self._reporting:
+            done, self._done = self._done, []
+            self._unreported_bytes = 0
+            if not done:
+                return
+            keep, self._to_keep = self._to_keep, {}
             try:
-                await self._replica.keep_tokens(self._to_keep)
-                self._to_keep.clear()
+                await self._replica.keep_tokens(keep)
             except NoSpaceError as error:
                 log.error("cannot join: %s", error)
-                return False
+                self._to_keep = {**keep, **self._to_keep}
+                return
             await self._replica.flush_store(None)
             await self._tell_joined(done)
-        # Not finished until the leader's next map says so.
-        return False
 
     async def _learn_fences(self, joining: list[tuple[int, int, PlacementGroup]]) -> None:
         """Before any change: a holder fenced while this node was away may still be writing (I6).
@@ -156,10 +209,9 @@ class Recovery:
         """
         sources: dict[int, list[tuple[int, int, PlacementGroup]]] = {}
         for copies, number, group in joining:
-            if not self._replica.is_guarded(copies, number):
-                with suppress(UnreachableError):
-                    node = self._source(group).node
-                    sources.setdefault(node, []).append((copies, number, group))
+            with suppress(UnreachableError):
+                node = self._source(group).node
+                sources.setdefault(node, []).append((copies, number, group))
         epoch = self._replica.map.epoch
         for node, groups in sources.items():
             link = self._peers.link(node)
@@ -175,7 +227,10 @@ class Recovery:
             for copies, number, group in groups:
                 self._replica.guard(copies, number, group.changed)
 
-    async def _catch_up(self, copies: int, number: int, group: PlacementGroup) -> None:
+    async def _compare(
+        self, copies: int, number: int, group: PlacementGroup
+    ) -> tuple[dict[int, int], Plan]:
+        """Ask a sync member what it has; give the sizes of that, and what is to be done."""
         if not self._replica.is_guarded(copies, number):
             raise RecoveringError("the fences are not known yet")
         source = self._source(group)
@@ -188,164 +243,115 @@ class Recovery:
         )
         try:
             theirs = [Listed(int(o), int(v), int(li), bool(s)) for o, v, li, s, *_ in rows]
-        except (TypeError, ValueError) as error:
+            sizes = {int(row[0]): int(row[4]) for row in rows}
+        except (TypeError, ValueError, IndexError) as error:
             raise ProtocolError(f"node {source.node} sent a bad list: {error}") from error
         store = self._replica.store
         ours = store.list(copies, number, len(self._replica.map.pools[copies]))
-        fresh = self._replica.fresh.of(copies, number, group.changed)
-        todo = plan(ours, theirs, fresh)
-        fresh.update(todo.equal)
-        for wave in waves(todo.pull):
-            async with trio.open_nursery() as nursery:
-                for oid in wave:
-                    await self._limit.acquire_on_behalf_of(oid)
-                    nursery.start_soon(self._pull_one, oid, copies, number, fresh)
-            if fresh.isdisjoint(wave):
+        level = self._replica.level_of(copies, number)
+        return sizes, plan(ours, theirs, level.fresh, level.missed)
+
+    async def _catch_up(self, copies: int, number: int, group: PlacementGroup) -> None:
+        sizes, todo = await self._compare(copies, number, group)
+        if not self._is_current(copies, number, group.changed):
+            raise RecoveringError("the group changed meanwhile")
+        level = self._replica.level_of(copies, number)
+        level.fresh.update(todo.equal)
+        key = _key(copies, number, group)
+        self.progress.found(key, len(todo.pull), sum(sizes.get(oid, 0) for oid in todo.pull))
+        for wave in waves(todo.pull, level.missed):
+            await self._pull_all(wave, sizes, key, level)
+            if level.fresh.isdisjoint(wave):
                 break  # The source went away: do not wait for each of its objects in turn.
-        if missing := [oid for oid in todo.pull if oid not in fresh]:
+        if missing := [oid for oid in todo.pull if oid not in level.fresh] or [*level.missed]:
             raise RecoveringError(f"{len(missing)} objects could not be pulled yet")
+        store = self._replica.store
         for oid in todo.strays:
-            if oid not in fresh and not self._replica.is_held(oid):
+            if oid not in level.fresh and not self._replica.is_held(oid):
                 await self._replica.free(oid)
-            if oid not in fresh and not self._replica.is_held(oid):
+            if oid not in level.fresh and not self._replica.is_held(oid):
                 store.quarantine(oid)
                 log.info("%s: no sync member has it; quarantined", describe_oid(oid))
 
-    async def _pull_one(self, oid: int, copies: int, number: int, fresh: set[int]) -> None:
+    async def _pull_all(
+        self, wave: list[int], sizes: dict[int, int], key: Group, level: Level
+    ) -> None:
+        """Pull objects, as many at once as may be, until one shows that it is of no use."""
+        for first in range(0, len(wave), MARK_AT_ONCE):
+            oids = wave[first : first + MARK_AT_ONCE]
+            to_mark = [oid for oid in oids if not self._replica.store.is_marked(oid)]
+            if to_mark:
+                await trio.to_thread.run_sync(self._replica.store.mark, to_mark)
+            async with trio.open_nursery() as nursery:
+                for oid in oids:
+                    if self._replica.pacer.setting.paused or not self._has_room(sizes.get(oid, 0)):
+                        return
+                    while self._busy >= self._replica.pacer.setting.parallel:
+                        await self._slot_free.wait()
+                    self._busy += 1
+                    nursery.start_soon(self._pull_one, oid, sizes.get(oid, 0), key, level)
+
+    async def _pull_one(self, oid: int, size_bytes: int, key: Group, level: Level) -> None:
+        """Pull an object, unless a client's change has been faster."""
+        counters = self._replica.counters
+        before = counters.pulled_bytes
         try:
-            if oid in fresh or self._replica.is_held(oid):
-                # A write got here first and pulls it; the next round sees the result.
-                return
-            self._replica.hold(oid)
-            try:
-                await self.pull(oid, copies, number)
-            except SheepError as error:
-                log.info("%s: cannot be pulled yet: %s", describe_oid(oid), error)
-            finally:
-                self._replica.release(oid)
+            while oid not in level.fresh and self._is_current(*key):
+                if await self._pulled(oid, key):
+                    self._unreported_bytes += counters.pulled_bytes - before
+        except ObjectNotFoundError:
+            log.debug("%s: is not there any more", describe_oid(oid))
+        except SheepError as error:
+            log.info("%s: cannot be pulled yet: %s", describe_oid(oid), error)
         finally:
-            self._limit.release_on_behalf_of(oid)
+            if oid in level.fresh:
+                moved = counters.pulled_bytes - before
+                self.progress.done(key, size_bytes, moved, trio.current_time())
+            self._busy -= 1
+            self._slot_free.set()
+            self._slot_free = trio.Event()
 
-    def _source(self, group: PlacementGroup, wanted: int | None = None) -> Link:
-        """Give a live link to a sync member other than this node."""
-        for node in group.sync if wanted is None else (wanted,):
-            link = self._peers.link(node)
-            if node != self._replica.node and node in group.sync and link is not None:
-                return link
-        raise UnreachableError("no sync member of the group can be reached")
-
-    async def pull(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:
-        """Make the local copy of a held object equal to a sync member's.
-
-        Durability: none until the next flush. Cancellation: the copy may be half patched; it is
-        marked, so after a restart it counts as suspect. Ordering: the caller holds the object.
-
-        Raises:
-            SheepError: no sync member gave it (the last one's reason).
-        """
-        give_up = trio.current_time() + PATIENCE_S
-        while True:
-            problem = await self._try_to_pull(oid, pool, pg, source)
-            if problem is None:
-                return
-            if not isinstance(problem, RetryableError) or trio.current_time() > give_up:
-                raise problem
-            with trio.move_on_after(RETRY_DELAY_S):
-                await self._changed.wait()
-
-    async def _try_to_pull(
-        self, oid: int, pool: int, pg: int, source: int | None
-    ) -> SheepError | None:
-        """Ask each sync member (or `source` alone) once; give the last one's reason."""
-        group = self._replica.map.pools[pool][pg]
-        candidates = [n for n in group.sync if n != self._replica.node]
-        problem: SheepError = ObjectNotFoundError("the group has no other sync member")
-        for node in candidates if source is None else [source]:
-            try:
-                await self._pull_from(self._source(group, node), oid, pool, pg, source is not None)
-                return None
-            except SheepError as error:
-                problem = error
-        return problem
-
-    async def _pull_from(self, link: Link, oid: int, pool: int, pg: int, exact: bool) -> None:
-        replica, store = self._replica, self._replica.store
-        inherited = store.get(oid) is None and await self._inherit(link, oid, pool, pg)
-        hashes = await trio.to_thread.run_sync(store.digests, oid)
+    async def _pulled(self, oid: int, key: Group) -> bool:
+        """Try to pull an object; tells whether it was. Raises SheepError if it has to wait."""
+        replica, (pool, pg, _) = self._replica, key
         try:
-            header, body = await link.call(
-                Op.PULL,
-                hashes,
-                oid=oid,
-                pool=pool,
-                pg=pg,
-                epoch=replica.map.epoch,
-                timeout_s=PULL_TIMEOUT_S,
-            )
-        except ObjectNotFoundError:
-            if inherited:
-                store.delete(oid)  # It never was an object.
-            elif replica.node in replica.map.pools[pool][pg].joining:
-                await replica.free(oid)
-                store.quarantine(oid)
-            replica.fresh_of(pool, pg).add(oid)
+            if await self.fetch(oid, pool, pg):
+                return True
+        except UnreachableError:
             raise
-        own = store.get(oid)
-        trusted = own is not None and not own.suspect and self._is_trusted(oid, pool, pg)
-        if own is not None and trusted and header.version < own.version and not exact:
-            # The peer has yet to get a write that this node acknowledged: never go back.
-            raise RecoveringError(f"node {link.node} is behind for {describe_oid(oid)}")
-        patch = await trio.to_thread.run_sync(
-            make_patch,
-            hashes,
-            header.version,
-            header.span,
-            body[:BITMAP_SIZE],
-            body[BITMAP_SIZE : 2 * BITMAP_SIZE],
-            memoryview(body)[2 * BITMAP_SIZE :],
-        )
-        if not store.is_marked(oid):
-            await trio.to_thread.run_sync(store.mark, [oid])
-        store.patch(oid, patch, pool=pool, pg=pg)
-        replica.fresh_of(pool, pg).add(oid)
-        replica.counters.pulled_objects += 1
-        replica.counters.pulled_bytes += len(patch.data)
-        if own is not None and trusted:
-            replica.counters.repaired_blocks += len(patch.differs)
-
-    async def _inherit(self, link: Link, oid: int, pool: int, pg: int) -> bool:
-        """Make an object that is not here of what local objects have of it; tells whether it did.
-
-        As the source's copy is made of others, so that what is shared there is shared here.
-        """
-        replica, store = self._replica, self._replica.store
+        except RetryableError as error:
+            log.debug("%s: %s", describe_oid(oid), error)
+            await trio.sleep(RETRY_DELAY_S)
+            return False
+        # It is written to faster than it can be fetched: clients' changes of it must wait a while.
+        if oid in replica.fresh_of(pool, pg) or replica.is_held(oid) or not self._is_current(*key):
+            await trio.lowlevel.checkpoint()
+            return False
+        replica.hold(oid)
         try:
-            _, body = await link.call(
-                Op.LAYOUT,
-                b"",
-                oid=oid,
-                pool=pool,
-                pg=pg,
-                epoch=replica.map.epoch,
-                timeout_s=PULL_TIMEOUT_S,
-            )
-        except ObjectNotFoundError:
-            return False  # PULL says the same, and what follows from it.
-        layout = decode_layout(body)
-        bases = [sibling(oid, layer) for layer in layout.layers]
-        trusted = {base for base in bases if self._is_trusted(base, pool, pg)}
-        if not trusted or store.get(oid) is not None:
-            return False
-        copy = await trio.to_thread.run_sync(store.compose, oid, layout, trusted)
-        if copy.overlay is None:
-            return False
-        await trio.to_thread.run_sync(store.mark, [oid])
-        store.inherit(oid, copy, pool=pool, pg=pg)
+            problem = await self._try_to_pull(oid, pool, pg, None)
+        finally:
+            replica.release(oid)
+        if problem is not None:
+            raise problem
         return True
 
-    def _is_trusted(self, oid: int, pool: int, pg: int) -> bool:
-        group = self._replica.map.pools[pool][pg]
-        return self._replica.node in group.sync or oid in self._replica.fresh_of(pool, pg)
+    def _has_room(self, size_bytes: int) -> bool:
+        """Tell whether the disk has room for an object and for what clients write meanwhile."""
+        usage = self._replica.store.usage()
+        keep = min(ROOM_FOR_CLIENTS, usage.total // 100)
+        room = usage.free >= size_bytes + META_SIZE + keep
+        if room and self.progress.waits == NO_ROOM:
+            self.progress.waits = ""
+            log.warning("recovery goes on: there is room on the disk")
+        elif not room and self.progress.waits != NO_ROOM:
+            self.progress.waits = NO_ROOM
+            log.error("recovery waits: %s", NO_ROOM)
+        return room
+
+
+def _key(copies: int, number: int, group: PlacementGroup) -> Group:
+    return copies, number, group.changed
 
 
 def parse_joined(content: object) -> list[JoinedGroup]:

@@ -16,6 +16,7 @@ import trio
 
 from sheepfs.core.errors import (
     CorruptError,
+    NoSpaceError,
     RecoveringError,
     SheepError,
     Status,
@@ -63,6 +64,7 @@ class Replica(Comparing):
     # -- reads ------------------------------------------------------------------------------
 
     def _read(self, client: Client, header: Header, payload: Buffer) -> None:
+        self.counters.client_requests += 1
         check_token(header, self.tokens)
         self.gate.check_sync(header)
         check_range(header)
@@ -97,6 +99,7 @@ class Replica(Comparing):
     # -- changes ----------------------------------------------------------------------------
 
     def _change(self, client: Client, header: Header, payload: Buffer) -> None:
+        self.counters.client_requests += 1
         check_write_token(header, self.tokens)
         role = self.gate.check(header)
         oid = header.oid
@@ -140,9 +143,7 @@ class Replica(Comparing):
         elif unknown and header.op == Op.DELETE and entry is not None:
             pass  # Whatever this copy holds, it is not to be kept.
         elif unknown and header.op != Op.DELETE:
-            self._after(
-                lambda oid: self._bring_level(oid, header.pool, header.pg), client, header, payload
-            )
+            self._miss(client, header, payload)
             return
         elif entry is None:
             if header.op == Op.DELETE:
@@ -176,9 +177,17 @@ class Replica(Comparing):
             if base is not None:
                 self._corrupt(base, header, error)
             raise
+        except NoSpaceError:
+            level = self.level_of(header.pool, header.pg)
+            if role is not Role.JOINING or level.is_complete:
+                raise
+            # Clients need not suffer that this node cannot join for lack of space.
+            level.fresh.discard(oid)
+            self._miss(client, header, payload)
+            return
         if role is Role.JOINING and not (unknown and header.op == Op.DELETE):
             # What was deleted unseen, a member that stayed may have yet.
-            self.fresh_of(header.pool, header.pg).add(oid)
+            self.level_of(header.pool, header.pg).bring(oid)
         client.acknowledge(header)
 
     def _apply(self, header: Header, payload: Buffer, create: bool, base: int | None) -> None:

@@ -26,8 +26,9 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import describe_oid
 from sheepfs.core.wire import HEADER_SIZE, Buffer, Header, Op
-from storaged.logic.catchup import Fresh
+from storaged.logic.catchup import Level, Levels
 from storaged.logic.gate import Gate, Refusal
+from storaged.pacing import Pacer
 from storaged.store.entry import CORRUPT
 from storaged.store.objects import ObjectStore
 
@@ -61,6 +62,10 @@ class Puller(Protocol):
         """Make the local copy equal to a sync member's. Raises SheepError if none can give it."""
         ...
 
+    async def witness(self, oid: int, pool: int, pg: int, version: int) -> None:
+        """Note a change as missed that a sync member has. Raises SheepError if none has it."""
+        ...
+
 
 class Request(NamedTuple):
     client: Client
@@ -72,6 +77,8 @@ class Counters:
     """Events since the start, shown in STATUS."""
 
     def __init__(self) -> None:
+        self.client_requests = 0
+        """Reads, changes and flushes: what recovery yields to."""
         self.corrupt_blocks = 0
         self.repaired_blocks = 0
         self.restored_objects = 0
@@ -98,9 +105,10 @@ class Requests:
         self.map = ClusterMap(0, "")
         self.gate = Gate(self.map, node, incarnation)
         self.tokens = store.tokens()
-        self.fresh = Fresh()
+        self._levels = Levels()
         self._guarded: dict[tuple[int, int], int] = {}
         self.counters = Counters()
+        self.pacer = Pacer(lambda: self.counters.client_requests)
         self.puller: Puller | None = None
         self._nursery = nursery
         self._on_disk_error = on_disk_error
@@ -119,11 +127,15 @@ class Requests:
         for pool, pgs in cluster_map.pools.items():
             for pg, group in enumerate(pgs):
                 if self.node not in group.joining:
-                    self.fresh.forget(pool, pg)
+                    self._levels.forget(pool, pg)
 
     def fresh_of(self, pool: int, pg: int) -> set[int]:
         """Objects of a group that are level since this node began to join it."""
-        return self.fresh.of(pool, pg, self.map.pools[pool][pg].changed)
+        return self.level_of(pool, pg).fresh
+
+    def level_of(self, pool: int, pg: int) -> Level:
+        """What is known of this node's copies of a group since it began to join it."""
+        return self._levels.of(pool, pg, self.map.pools[pool][pg].changed)
 
     def guard(self, pool: int, pg: int, changed: int) -> None:
         """From here on take changes of a group that this node joins: their fences are known."""
@@ -255,6 +267,21 @@ class Requests:
         if self.puller is None:
             raise RecoveringError("this node has no way to reach its peers yet")
         await self.puller.pull(oid, pool, pg, source)
+
+    def _miss(self, client: Client, header: Header, payload: Buffer) -> None:
+        """A change of an object that this joining node lacks: the copy to come will have it.
+
+        So no client waits for 4 MiB to be copied. It must not be acknowledged before a sync member
+        has it, or it could be in no copy at all.
+        """
+        oid, pool, pg, version = header.oid, header.pool, header.pg, header.version
+        level, puller = self.level_of(pool, pg), self.puller
+        if version <= level.missed.get(oid, 0):
+            client.acknowledge(header)
+        elif level.is_complete or puller is None:
+            self._after(lambda oid: self._bring_level(oid, pool, pg), client, header, payload)
+        else:
+            self._after(lambda oid: puller.witness(oid, pool, pg, version), client, header, payload)
 
     def _when_trusted(self, client: Client, header: Header, payload: Buffer) -> None:
         """Resolve a suspect, then carry out the request."""

@@ -18,6 +18,7 @@ from typing import Any
 from sheepfs_tools.sizes import parse_size
 
 MIB = 1 << 20
+EPILOG = "`tools/bench recovery` measures recovery, on a cluster of its own: see its --help."
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,12 @@ def table(results: Sequence[Result]) -> str:
 
 def main() -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
+    if sys.argv[1:2] == ["recovery"]:
+        from sheepfs_tools import bench_recovery
+
+        del sys.argv[1]
+        return bench_recovery.main()
+    parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__, epilog=EPILOG)
     parser.add_argument("file", type=Path, help="the file to measure; ITS CONTENT IS OVERWRITTEN")
     parser.add_argument("--runtime", type=float, default=10, metavar="S", help="seconds per job")
     parser.add_argument("--size", default="1G", help="how much of the file is used (default 1G)")

@@ -42,6 +42,7 @@ async def _node_rows(session: Session) -> tuple[list[dict[str, Any]], Health, in
                     for key in (
                         *("leader", "objects", "used", "free", "total", "joining", "suspects"),
                         *("corrupt_blocks", "repaired_blocks", "restored_objects"),
+                        *("pulled_objects", "pulled_bytes", "recovery"),
                         *("connections", "version"),
                     )
                 },

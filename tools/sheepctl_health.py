@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState
+from sheepfs_tools.recovery_view import node_recoveries, sentence, whole_recovery
 
 LOW_SPACE_SHARE = 0.1
 """A node with less than this share of its disk free is named as a reason."""
@@ -101,6 +102,8 @@ def assess(cluster_map: ClusterMap, statuses: Statuses) -> Health:
                 f"{pool.copies} copies are asked for, but there are"
                 f" {len(cluster_map.nodes)} nodes: add nodes"
             )
+    if (recovery := whole_recovery(node_recoveries(statuses))) is not None:
+        reasons.append(sentence(recovery))
     if corrupt > repaired:
         reasons.append(f"{corrupt - repaired} corrupt blocks were found and not repaired yet")
     verdict = "down" if down else "degraded" if reasons else "ok"

@@ -93,6 +93,27 @@ def _add_cluster(area: Area) -> None:
         ["cluster check", "cluster check --repair"],
         "sheepctl_consistency",
     ).flag("--repair", "remove what no map names; copy what a replica lacks")
+    recovery = area.verb(
+        "recovery",
+        "how far is recovery, how fast may it be?",
+        "Nodes copy what they lack: what changed while they were away, or everything. They yield\n"
+        "to clients by themselves; limits are for when that is not enough. What is set here holds\n"
+        "for all nodes, at once and until it is set again.",
+        [
+            "cluster recovery                      progress, rate, time left; and the limits",
+            "cluster recovery --watch              again and again, until it is done",
+            "cluster recovery --bandwidth 100M     each node copies 100 MiB/s at most",
+            "cluster recovery --bandwidth unlimited --parallel 8",
+            "cluster recovery --pause              until --resume",
+            "cluster recovery --out-after 30m      give a node up when it is down for so long",
+        ],
+        "sheepctl_recovery",
+    )
+    recovery.number("--parallel", "N", "objects that a node copies at once (default 4)")
+    recovery.option("--bandwidth", "SIZE", "bytes per second of each node, or 'unlimited'")
+    recovery.option("--out-after", "TIME", "how long a node may be down (default 10m)")
+    recovery.flag("--pause", "copy nothing more").flag("--resume", "go on")
+    recovery.flag("--watch", "show it every 2 seconds until it is done")
     add_recover(area)
 
 

@@ -415,6 +415,29 @@ class TrashRecord(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class RecoveryRecord(Record):
+    """`settings/recovery`: how daemons recover. Without the key, these defaults hold."""
+
+    parallel: int = 4
+    """Objects that a node copies at the same time."""
+    bandwidth: int = 0
+    """Bytes per second that a node copies at most; 0: as fast as clients' requests let it."""
+    paused: bool = False
+    """Nothing is copied but what clients write to."""
+    out_after_s: float = 600.0
+    """A node down for longer is given up: its share is rebuilt elsewhere."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no daemon could go by (ValueError, for people)."""
+        if not 1 <= self.parallel <= 64:
+            raise ValueError(f"{self.parallel} objects in parallel: use 1 to 64")
+        if self.bandwidth and self.bandwidth < 1 << 20:
+            raise ValueError("a bandwidth of less than 1 MiB/s: pause recovery instead")
+        if not 1 <= self.out_after_s <= 1e9:
+            raise ValueError("out-after: use a second or more")
+
+
+@dataclass(frozen=True, slots=True)
 class RequestRecord(Record):
     """`requests/<vdi id>/<number>`, leased by who asks: to be done by the VDI's holder."""
 

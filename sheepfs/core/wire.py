@@ -47,6 +47,8 @@ FLAG_COPY = 2
 layer that the payload's first 8 bytes name, at version `prev`, and then the range is changed."""
 BASE = struct.Struct("<Q")
 """What stands before the data of a change with `FLAG_COPY`: the layer that is copied."""
+FLAG_YIELD = 1
+"""PULL: nobody waits for it; BUSY while the source has clients' requests to see to."""
 FLAG_KEEP_MAPS = 1
 """RECLAIM: the layer's map objects are in use."""
 RANGE = struct.Struct("<II")

@@ -17,22 +17,52 @@ class Listed(NamedTuple):
     suspect: bool
 
 
-class Fresh:
-    """Objects known to be level with a sync member since this node began to join their group.
+class Level:
+    """What is known of a joining node's copies of one group.
 
-    Writes keep them level. Whenever the group changes, nothing is known any more: the node may
-    have been out of the group in an epoch that it never saw.
+    Attributes:
+        changed: the group's, in epochs; when it differs, nothing of this holds any more.
+        fresh: objects level with a sync member since the node began to join. Writes keep them so.
+        missed: other objects -> the newest version that this node acknowledged without having
+            it, because a sync member has it: the copy to come must be as new.
+        is_complete: all is level, and the leader may have been told: nothing may be missed.
+    """
+
+    __slots__ = ("changed", "fresh", "is_complete", "missed")
+
+    def __init__(self, changed: int) -> None:
+        self.changed = changed
+        self.fresh: set[int] = set()
+        self.missed: dict[int, int] = {}
+        self.is_complete = False
+
+    def bring(self, oid: int) -> None:
+        """An object is level with a sync member's."""
+        self.fresh.add(oid)
+        self.missed.pop(oid, None)
+
+    def miss(self, oid: int, version: int) -> None:
+        """An object is not level, and a sync member has this version of it."""
+        self.fresh.discard(oid)
+        self.missed[oid] = max(version, self.missed.get(oid, 0))
+
+
+class Levels:
+    """What a node knows of the groups that it joins.
+
+    Whenever a group changes, nothing is known any more: the node may have been out of it in an
+    epoch that it never saw.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[int, int], tuple[int, set[int]]] = {}
+        self._groups: dict[tuple[int, int], Level] = {}
 
-    def of(self, pool: int, pg: int, changed: int) -> set[int]:
-        """Give the level objects of a group as of its change in epoch `changed`."""
+    def of(self, pool: int, pg: int, changed: int) -> Level:
+        """Give what is known of a group as of its change in epoch `changed`."""
         known = self._groups.get((pool, pg))
-        if known is None or known[0] != changed:
-            known = self._groups[pool, pg] = (changed, set())
-        return known[1]
+        if known is None or known.changed != changed:
+            known = self._groups[pool, pg] = Level(changed)
+        return known
 
     def forget(self, pool: int, pg: int) -> None:
         """This node is not joining the group (any more)."""
@@ -60,11 +90,17 @@ class Plan(NamedTuple):
     strays: list[int]
 
 
-def plan(ours: Iterable[Copy], theirs: Iterable[Copy], fresh: Collection[int]) -> Plan:
+def plan(
+    ours: Iterable[Copy],
+    theirs: Iterable[Copy],
+    fresh: Collection[int],
+    missed: Collection[int] = (),
+) -> Plan:
     """Compare this node's objects of a group with a sync member's.
 
     Args:
         fresh: objects already level since this node began to join; writes keep them so.
+        missed: objects whose copy here lacks a change, whatever the lists say.
     """
     own = {copy.oid: copy for copy in ours}
     pull, equal, seen = [], [], set()
@@ -77,19 +113,25 @@ def plan(ours: Iterable[Copy], theirs: Iterable[Copy], fresh: Collection[int]) -
             mine is not None
             and not (mine.suspect or copy.suspect)
             and (mine.version, mine.lineage) == (copy.version, copy.lineage)
+            and copy.oid not in missed
         ):
             equal.append(copy.oid)
         else:
             pull.append(copy.oid)
-    return Plan(pull, equal, [oid for oid in own if oid not in seen and oid not in fresh])
+    pull += [oid for oid in missed if oid not in seen]
+    strays = [oid for oid in own if not (oid in seen or oid in fresh or oid in missed)]
+    return Plan(pull, equal, strays)
 
 
-def waves(oids: Iterable[int]) -> list[list[int]]:
+def waves(oids: Iterable[int], missed: Collection[int] = ()) -> list[list[int]]:
     """Put objects in the order in which they may be pulled, each wave after the one before.
 
-    A copy comes after what it may be made of: an object of an earlier layer.
+    A copy comes after what it may be made of: an object of an earlier layer. Within a wave, what
+    clients write to comes first.
     """
     by_serial: dict[int, list[int]] = {}
     for oid in oids:
         by_serial.setdefault(serial_of(layer_of(oid)), []).append(oid)
-    return [by_serial[serial] for serial in sorted(by_serial)]
+    return [
+        sorted(by_serial[serial], key=lambda oid: oid not in missed) for serial in sorted(by_serial)
+    ]

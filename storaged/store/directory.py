@@ -94,6 +94,7 @@ class DataDirectory:
             self._space,
             self._sharing,
             self._maker.make,
+            self._writer.delete,
         )
         self._lock_fd = -1
         self._quarantined = 0

@@ -150,13 +150,21 @@ class OpenFiles:
 
         A flush that ends meanwhile may have begun before the change was complete.
         """
-        with self._lock:
-            self._pinned.add(entry)
+        self.pin(entry)
         try:
             yield
         finally:
-            with self._lock:
-                self._pinned.discard(entry)
+            self.unpin(entry)
+
+    def pin(self, entry: StoredObject) -> None:
+        """Begin what `pinned` does."""
+        with self._lock:
+            self._pinned.add(entry)
+
+    def unpin(self, entry: StoredObject) -> None:
+        """End what `pin` began."""
+        with self._lock:
+            self._pinned.discard(entry)
 
     def evict(self) -> None:
         """Close files that were not used lately until the limit holds. Loop only.

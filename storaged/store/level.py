@@ -1,7 +1,7 @@
 """Levelling: making one replica equal to another by moving only the blocks that differ.
 
 The node that is behind sends the checksums of what its disk really holds (`digests`), the source
-answers with what differs (`difference`), and the node patches its copy (`patch`).
+answers with what differs (`difference`), and the node patches its copy (`begin_patch`).
 
 Always holds:
 - Nothing is believed from a table that may be old: `digests` reads the data.
@@ -15,7 +15,13 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from sheepfs.core.errors import CorruptError, ProtocolError, RetryableError
+from sheepfs.core.errors import (
+    CorruptError,
+    NoSpaceError,
+    ProtocolError,
+    RetryableError,
+    SheepError,
+)
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid
 from sheepfs.core.wire import Buffer
 from storaged.store.catalog import Catalog
@@ -26,6 +32,7 @@ from storaged.store.flush import FlushTracker
 from storaged.store.format import (
     BITMAP_SIZE,
     EMPTY_TABLE,
+    META_SIZE,
     SUMS,
     TABLE_SIZE,
     SourcesLostError,
@@ -33,7 +40,7 @@ from storaged.store.format import (
     blocks_in,
     runs,
 )
-from storaged.store.reader import MISSING, Reader
+from storaged.store.reader import MISSING, Reader, stretches
 from storaged.store.sharing import Sharing
 from storaged.store.space import SpaceGuard
 
@@ -68,6 +75,40 @@ class Patch(NamedTuple):
     data: memoryview
 
 
+class PatchJob:
+    """One patch: made in the loop by `begin_patch`, run in a thread, ended in the loop."""
+
+    def __init__(
+        self, disk: Disk, entry: StoredObject, file: OpenFile, patch: Patch, is_new: bool
+    ) -> None:
+        self._disk = disk
+        self.entry = entry
+        self.file = file
+        self.patch = patch
+        self.is_new = is_new
+        self.error: OSError | None = None
+
+    def run(self) -> None:
+        """Write the blocks that change. Blocks; `end_patch` tells how it went."""
+        try:
+            self._write(_ALL.unpack(self.patch.table))
+        except OSError as error:
+            self.error = error
+
+    def _write(self, sums: Sequence[int]) -> None:
+        fd, differs = self.file.fd, self.patch.differs
+        changed = [(1 + (not sums[i])) * (i in differs) for i in range(BLOCKS_PER_OBJECT)]
+        position = 0
+        for start, end, kind in stretches(changed):
+            length = (end - start) * BLOCK_SIZE
+            if kind == 1:
+                piece = self.patch.data[position : position + length]
+                write_all(self._disk, fd, piece, start * BLOCK_SIZE)
+                position += length
+            elif kind == 2:
+                self._disk.punch(fd, start * BLOCK_SIZE, length)
+
+
 class Leveller:
     """Compares and patches objects; the caller lets nobody write to them meanwhile."""
 
@@ -82,8 +123,9 @@ class Leveller:
         space: SpaceGuard,
         sharing: Sharing,
         make: Callable[[int, int, int], StoredObject],
+        remove: Callable[[int], None],
     ) -> None:
-        """`make(oid, pool, pg)` makes an empty object."""
+        """`make(oid, pool, pg)` makes an empty object, `remove(oid)` removes one."""
         self._disk = disk
         self._health = health
         self._catalog = catalog
@@ -93,6 +135,7 @@ class Leveller:
         self._space = space
         self._sharing = sharing
         self._make = make
+        self._remove = remove
         self._settled: set[tuple[int, int]] = set()
 
     def digests(self, oid: int) -> bytes:
@@ -122,8 +165,10 @@ class Leveller:
             self._disk.close(fd)
         return bytes(table)
 
-    def difference(self, oid: int, digests: bytes) -> Difference:
-        """Compare a good object with another copy's digests. Blocks. Raises as `read`."""
+    def difference(
+        self, oid: int, digests: bytes, first: int = 0, end: int = BLOCKS_PER_OBJECT
+    ) -> Difference:
+        """Compare blocks of a good object with another copy's digests. Blocks. Raises as `read`."""
         for _ in range(_TRIES):
             entry = self._catalog.objects.get(oid)
             if entry is None or entry.state != OK or self._health.failed is not None:
@@ -133,7 +178,7 @@ class Leveller:
             version, lineage = entry.version, entry.lineage
             mine = _ALL.unpack_from(file.table)
             theirs = _ALL.unpack(digests)
-            differs = [i for i in range(BLOCKS_PER_OBJECT) if mine[i] != theirs[i]]
+            differs = [i for i in range(first, end) if mine[i] != theirs[i]]
             wanted = [0] * BLOCKS_PER_OBJECT
             for i in differs:
                 wanted[i] = mine[i]
@@ -146,8 +191,8 @@ class Leveller:
                 return Difference(version, lineage, bitmap(differs), bitmap(zeros), blocks)
         raise RetryableError(f"object {format_oid(oid)} changes too fast to be compared")
 
-    def patch(self, oid: int, patch: Patch, pool: int, pg: int) -> None:
-        """Apply a patch to a marked object, made if need be. Loop only; durable when flushed.
+    def begin_patch(self, oid: int, patch: Patch, pool: int, pg: int) -> PatchJob:
+        """Make an object, or one that is there, ready to be patched. Loop only.
 
         Raises:
             RetryableError: the object is not marked (any more); nothing changed.
@@ -155,10 +200,11 @@ class Leveller:
             DiskError: the disk failed; the store is out of use.
         """
         self._health.check()
-        self._space.check(len(patch.data))
         entry = self._catalog.objects.get(oid)
+        self._space.check(len(patch.data) + META_SIZE)
         # First of all: an object that is not marked is refused untouched, and only an unclean
         # one's file stays open while a thread makes room for another.
+        is_new = entry is None
         if entry is None:
             entry = self._make(oid, pool, pg)
         elif entry.linked:
@@ -167,8 +213,21 @@ class Leveller:
         file = self._reopened(entry)
         entry.state = SUSPECT
         file.sequence += 1
+        self._files.pin(entry)
+        return PatchJob(self._disk, entry, file, patch, is_new)
+
+    def end_patch(self, job: PatchJob) -> None:
+        """Make what a job has written the object's content. Loop only; durable when flushed.
+
+        Raises:
+            NoSpaceError: the file system is full, whatever the reserve: a new object is gone
+                again, another is a suspect.
+            DiskError: the disk failed; the store is out of use.
+        """
+        entry, file, patch = job.entry, job.file, job.patch
         try:
-            self._write(file, patch)
+            if job.error is not None:
+                raise job.error
             self._tell_own(file, patch)
             sums = _ALL.unpack(patch.table)
             own = BLOCKS_PER_OBJECT - sums.count(0)
@@ -181,11 +240,24 @@ class Leveller:
             # A new file gets its full length by this: a read must not end within a block.
             self._files.write_meta(entry, file)
         except OSError as error:
-            raise self._health.fail(error, f"patch of {format_oid(oid)}") from error
+            problem = self._refused(error, f"patch of {format_oid(entry.oid)}")
+            if job.is_new and self._health.failed is None:
+                self._remove(entry.oid)
+            raise problem from error
         finally:
-            file.sequence += 1
+            self.leave(job)
         entry.changed = entry.used = True
         entry.state = OK
+
+    def leave(self, job: PatchJob) -> None:
+        """Let go of an object; as long as its patch has not ended it is a suspect. Loop only."""
+        job.file.sequence += 1
+        self._files.unpin(job.entry)
+
+    def _refused(self, error: OSError, what: str) -> SheepError:
+        """Give the error for what the disk did not take: a full one goes on working (I14)."""
+        problem = disk_error(error, what)
+        return problem if isinstance(problem, NoSpaceError) else self._health.fail(error, what)
 
     def _reopened(self, entry: StoredObject) -> OpenFile:
         """Give the open file; a fresh one where the header is damaged or the name is gone."""
@@ -198,7 +270,7 @@ class Leveller:
                 self._disk.truncate(fd, 0)
                 overlay = None
         except OSError as error:
-            raise self._health.fail(error, f"open of {format_oid(entry.oid)}") from error
+            raise self._refused(error, f"open of {format_oid(entry.oid)}") from error
         # Changes through the former descriptor are in the page cache of the same file; if its
         # name was lost, the file opened now is a new one.
         table = bytearray(EMPTY_TABLE) if entry.file is None else entry.file.table
@@ -225,25 +297,6 @@ class Leveller:
                 if i not in patch.differs:
                     self._disk.punch(file.fd, i * BLOCK_SIZE, BLOCK_SIZE)
                 overlay.own(i, (sums[i],))
-
-    def _write(self, file: OpenFile, patch: Patch) -> None:
-        sums = _ALL.unpack(patch.table)
-        changed = [(1 + (not sums[i])) * (i in patch.differs) for i in range(BLOCKS_PER_OBJECT)]
-        position = 0
-        start = 0
-        while start < BLOCKS_PER_OBJECT:
-            kind = changed[start]
-            end = start + 1
-            while end < BLOCKS_PER_OBJECT and changed[end] == kind:
-                end += 1
-            length = (end - start) * BLOCK_SIZE
-            if kind == 1:
-                piece = patch.data[position : position + length]
-                write_all(self._disk, file.fd, piece, start * BLOCK_SIZE)
-                position += length
-            elif kind == 2:
-                self._disk.punch(file.fd, start * BLOCK_SIZE, length)
-            start = end
 
     def launder(self, oid: int, lineage: int) -> None:
         """See ObjectStore.launder. Blocks."""
@@ -281,6 +334,9 @@ class Leveller:
         entry.lineage = lineage
         try:
             self._files.write_meta(entry, file)
+        except OSError as error:
+            raise self._refused(error, f"object {format_oid(oid)}") from error
+        try:
             self._files.sync(entry)
             self._sync_names(entry)
         except OSError as error:
@@ -313,6 +369,16 @@ class Leveller:
 def bitmap(numbers: Iterable[int]) -> bytes:
     """Give 128 bytes with the bits of these blocks set (the inverse of `blocks_in`)."""
     return sum(1 << i for i in numbers).to_bytes(BITMAP_SIZE, "little")
+
+
+def union(bitmaps: Iterable[Buffer]) -> bytes:
+    """Give 128 bytes with the bits set that one of the bitmaps has (ProtocolError)."""
+    found = 0
+    for bits in bitmaps:
+        if len(bits) != BITMAP_SIZE:
+            raise ProtocolError("a patch without its two bitmaps")
+        found |= int.from_bytes(bits, "little")
+    return found.to_bytes(BITMAP_SIZE, "little")
 
 
 def make_patch(

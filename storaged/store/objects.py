@@ -20,7 +20,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from sheepfs.core.errors import NoSpaceError, SheepError
-from sheepfs.core.geometry import format_oid, layer_of, pg_of
+from sheepfs.core.geometry import BLOCKS_PER_OBJECT, format_oid, layer_of, pg_of
 from sheepfs.core.wire import Buffer
 from storaged.store import startup
 from storaged.store.directory import DataDirectory
@@ -28,7 +28,7 @@ from storaged.store.disk import disk_error
 from storaged.store.entry import CORRUPT, OK, SUSPECT, ObjectInfo, StoredObject
 from storaged.store.flush import FlushJob
 from storaged.store.format import Sources
-from storaged.store.level import Difference, Patch
+from storaged.store.level import Difference, Patch, PatchJob
 from storaged.store.sharing import Copy
 
 __all__ = ["FlushJob", "ObjectInfo", "ObjectStore", "Sources", "StoredObject", "Usage"]
@@ -216,16 +216,49 @@ class ObjectStore(DataDirectory):
         """
         return self._leveller.digests(oid)
 
-    def difference(self, oid: int, digests: bytes) -> Difference:
-        """Compare an object with another copy's `digests`. Blocks. Raises: as `read`."""
-        return self._leveller.difference(oid, digests)
+    def difference(
+        self, oid: int, digests: bytes, first: int = 0, end: int = BLOCKS_PER_OBJECT
+    ) -> Difference:
+        """Compare an object with another copy's `digests`, from block `first` to before `end`.
+
+        Blocks. Raises: as `read`.
+        """
+        return self._leveller.difference(oid, digests, first, end)
 
     def patch(self, oid: int, patch: Patch, *, pool: int, pg: int) -> None:
-        """Make a marked object (made if absent) equal to a source's. Durable when flushed.
+        """Make a marked object (made if absent) equal to a source's. Blocks; durable when flushed.
 
-        Raises: NoSpaceError (nothing changed), DiskError.
+        Raises: as `begin_patch` and `end_patch`.
         """
-        self._leveller.patch(oid, patch, pool, pg)
+        job = self.begin_patch(oid, patch, pool=pool, pg=pg)
+        job.run()
+        self.end_patch(job)
+
+    def begin_patch(self, oid: int, patch: Patch, *, pool: int, pg: int) -> PatchJob:
+        """Start what `patch` does. Run the job in a thread, then `end_patch`, or `leave_patch`.
+
+        Nobody else changes the object meanwhile.
+
+        Raises:
+            RetryableError: the object is not marked (any more); nothing changed.
+            NoSpaceError: only the reserve is left; nothing changed.
+            DiskError: the disk failed; the store is out of use.
+        """
+        return self._leveller.begin_patch(oid, patch, pool, pg)
+
+    def end_patch(self, job: PatchJob) -> None:
+        """Make what a job has written the object's content.
+
+        Raises:
+            NoSpaceError: the file system is full, whatever the reserve. A new object is gone
+                again, another is a suspect.
+            DiskError: the disk failed; the store is out of use.
+        """
+        self._leveller.end_patch(job)
+
+    def leave_patch(self, job: PatchJob) -> None:
+        """Give up a patch that may have been half written: the object is a suspect."""
+        self._leveller.leave(job)
 
     def extents(self, oid: int) -> bytes:
         """Give the 128-byte bitmap of blocks that may hold data. May block. Raises: as `read`."""

@@ -79,8 +79,8 @@ def retry_failed_sync(put: Put) -> None:
 def delete_strays_unconfirmed(put: Put) -> None:
     """What a sync member did not list is deleted, although it may have been made since."""
 
-    def plan(ours: Any, theirs: Any, fresh: set[int]) -> Any:
-        todo: Any = original(ours, theirs, fresh)
+    def plan(ours: Any, theirs: Any, fresh: set[int], *more: Any) -> Any:
+        todo: Any = original(ours, theirs, fresh, *more)
         listed = {item.oid for item in theirs}
 
         def strays() -> Iterator[int]:

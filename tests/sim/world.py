@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +23,11 @@ from sheepfs import convergence, flusher, holding, vdimap, volume
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import CorruptError, RecoveringError, SheepError
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT
-from sheepfs.core.metadata import Keys
+from sheepfs.core.metadata import Keys, RecoveryRecord
 from sheepfs.net import link, router
 from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, Threads
 from sim.network import SimHost, SimNetwork
-from storaged import leader, membership, recovery, removal
+from storaged import daemon, leader, membership, recovery, removal
 from storaged.daemon import Daemon, Machine, Options
 from storaged.store import dirtylog, files, flush
 from storaged.store.disk import Disk
@@ -44,7 +45,6 @@ KNOBS: dict[tuple[ModuleType, str], Sequence[float]] = {
     (flush, "_SYNC_ALL"): (1, 16),
     (flusher, "FLUSH_EVERY_S"): (0.5, 5.0),
     (recovery, "PARALLEL_GROUPS"): (1, 4),
-    (recovery, "PARALLEL_PULLS"): (1, 4),
     (removal, "BATCH"): (1, 64),
     (convergence, "PARALLEL_OPENS"): (1, 8),
     (vdimap, "PAGES_PER_LOAD"): (1, 16),
@@ -189,6 +189,7 @@ class World:
         rng = self.rng
         self.pg_count = rng.choice((2, 4, 8))
         self.out_after_s = rng.choice((5.0, 60.0, 600.0))
+        self.parallel = rng.choice((1, 4))
         self.knobs = {knob: rng.choice(values) for knob, values in KNOBS.items()}
         self.gone: set[int] = set()
         """Ids of nodes that never come back."""
@@ -381,8 +382,10 @@ def determined(world: World, seed: int) -> Iterator[None]:
     put(
         leader.Leader.__init__,
         "__kwdefaults__",
-        {"out_after_s": world.out_after_s, "wall": wall_clock},
+        {**(leader.Leader.__init__.__kwdefaults__ or {}), "wall": wall_clock},
     )
+    setting = partial(RecoveryRecord, out_after_s=world.out_after_s, parallel=world.parallel)
+    put(daemon, "RecoveryRecord", setting)
     for (module, name), value in world.knobs.items():
         put(module, name, value)
     put(secrets, "token_hex", lambda size=16: rng.randbytes(size).hex())

@@ -196,7 +196,9 @@ async def test_a_joining_member_levels_the_base_before_it_copies(tmp_path: Path)
         await wait_until(lambda: holder.router.map.epoch == cluster.map.epoch)
         guarded = cluster.nodes[3].replica.is_guarded
         await wait_until(lambda: guarded(3, pg_of(OID, PG_COUNT)))
-        cluster.nodes[3].replica.fresh_of(3, pg_of(OID, PG_COUNT)).discard(BASE_OID)
+        level = cluster.nodes[3].replica.level_of(3, pg_of(OID, PG_COUNT))
+        await wait_until(lambda: level.is_complete)
+        level.fresh.discard(BASE_OID)
         await holder.copy(BASE_OID, OID, b"b", V + 2, V + 3)
         copies = {on_disk(node, OID, 2 * BLOCK) for node in cluster.nodes.values()}
         assert copies == {b"b" + b"z" * (BLOCK - 1) + b"a" * BLOCK}
@@ -209,6 +211,8 @@ async def test_a_joining_member_without_the_base_says_that_it_is_stale(tmp_path:
         await wait_until(lambda: holder.router.map.epoch == cluster.map.epoch)
         guarded = cluster.nodes[3].replica.is_guarded
         await wait_until(lambda: guarded(3, pg_of(OID, PG_COUNT)))
+        level = cluster.nodes[3].replica.level_of(3, pg_of(OID, PG_COUNT))
+        await wait_until(lambda: level.is_complete)
         with pytest.raises(StaleObjectError):
             await holder.call(Op.WRITE, OID, node=3, **copying(BASE_OID, b"", V + 1, V + 2))
 

@@ -7,8 +7,10 @@ from typing import cast
 import trio
 from trio.testing import MockClock
 
+from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.errors import RetryableError, SheepError
-from storaged.recovery import RETRY_DELAY_S, Peers, Recovery
+from storaged.pulling import RETRY_DELAY_S, Peers
+from storaged.recovery import Recovery
 from storaged.replica import Replica
 
 
@@ -20,6 +22,11 @@ class Stuck(Recovery):
         self.rounds = 0
 
     async def _told(self, groups: object) -> None: ...
+
+    async def _guard(self) -> None: ...
+
+    def _joining(self) -> list[tuple[int, int, PlacementGroup]]:
+        return []
 
     async def _round(self) -> bool:
         self.rounds += 1

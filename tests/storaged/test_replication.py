@@ -15,6 +15,7 @@ from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError, completion
 from sheepfs.core.errors import FencedError, StaleObjectError
 from sheepfs.core.geometry import data_object, make_layer
+from sheepfs.core.metadata import RecoveryRecord
 from sheepfs.core.wire import FLAG_CREATE, Op
 from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
@@ -24,6 +25,7 @@ from sheepfs.replication import Replicator
 VDI, LAYER = 2, make_layer(2, 2, 3)
 OID = data_object(LAYER, 0)
 BLOCK = 4096
+OIDS = [data_object(LAYER, index) for index in range(12)]
 
 
 class Holder:
@@ -344,3 +346,76 @@ async def test_a_suspect_is_resolved_by_whoever_asks_anything_of_it(tmp_path: Pa
             extents = await second.reader.extents(OID)
         assert int.from_bytes(extents, "little") == 1
         nursery.cancel_scope.cancel()
+
+
+async def test_of_a_node_that_was_away_only_the_changed_blocks_of_changed_objects_move(
+    tmp_path: Path,
+) -> None:
+    async with holding(tmp_path) as (cluster, _, holder):
+        for oid in OIDS:
+            await holder.create(oid, b"a" * 8 * BLOCK)
+        await holder.flush()
+        cluster.nodes[3].stop()
+        cluster.publish([1, 2])
+        for oid in OIDS[3:7]:
+            await holder.write(oid, b"b" * 2 * BLOCK, offset=BLOCK)
+        await holder.create(data_object(LAYER, 50), b"new" * BLOCK)
+        await holder.flush()
+        await cluster.nodes[3].start()
+        counters = cluster.nodes[3].replica.counters
+        cluster.publish([1, 2], [3])
+        await wait_until(lambda: all(g.sync == (1, 2, 3) for g in cluster.map.pools[3]))
+        assert counters.pulled_objects == 4 + 1
+        assert counters.pulled_bytes == (4 * 2 + 3) * BLOCK
+        for oid in OIDS:
+            assert on_disk(cluster, 3, oid, 8 * BLOCK) == on_disk(cluster, 1, oid, 8 * BLOCK)
+
+
+async def test_a_write_does_not_wait_for_a_copy_and_the_copy_has_it(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, _, holder):
+        for oid in OIDS:
+            await holder.create(oid, b"a" * BLOCK)
+        node = cluster.nodes[3]
+        node.stop()
+        cluster.publish([1, 2])
+        await holder.write(OID, b"b" * BLOCK)
+        await node.start()
+        setting = RecoveryRecord(paused=True)
+        node.replica.pacer.follow(lambda: setting)
+        cluster.publish([1, 2], [3])
+        await holder.write(OID, b"c" * BLOCK)
+        assert on_disk(cluster, 3) == b"a" * BLOCK
+        pg = next(pg for pg in range(4) if node.replica.level_of(3, pg).missed)
+        assert node.replica.level_of(3, pg).missed == {OID: holder.replicator.last_version}
+        status = node.recovery.progress.status(trio.current_time())
+        assert (status["waits"], status["objects_done"]) == ("paused", 0)
+        setting = RecoveryRecord()
+        await wait_until(lambda: all(g.sync == (1, 2, 3) for g in cluster.map.pools[3]))
+        assert on_disk(cluster, 3) == b"c" * BLOCK
+        await holder.write(OID, b"d" * BLOCK)
+        assert on_disk(cluster, 3) == b"d" * BLOCK
+
+
+async def test_a_joining_member_misses_no_write_that_no_sync_member_has_yet(
+    tmp_path: Path,
+) -> None:
+    async with holding(tmp_path) as (cluster, _, holder), trio.open_nursery() as nursery:
+        await holder.create(OID, b"a" * BLOCK)
+        node = cluster.nodes[3]
+        cluster.auto_join = False
+        node.stop()
+        cluster.publish([1, 2])
+        await node.start()
+        node.replica.pacer.follow(lambda: RecoveryRecord(paused=True))
+        cluster.publish([1, 2], [3])
+        for source in (1, 2):
+            cluster.nodes[source].replica.hold(OID)
+        nursery.start_soon(holder.write, OID, b"b" * BLOCK)
+        await wait_until(lambda: node.replica.is_held(OID))
+        with trio.move_on_after(0.2):
+            await wait_until(lambda: not node.replica.is_held(OID))
+        levels = [node.replica.level_of(3, pg) for pg in range(4)]
+        assert not any(level.missed for level in levels)
+        for source in (1, 2):
+            cluster.nodes[source].replica.release(OID)
+        await wait_until(lambda: any(level.missed for level in levels))

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from store_helpers import flush, get, open_store, put
+from store_helpers import flush, get, level, open_store, put
 
 from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.errors import (
@@ -17,6 +17,7 @@ from sheepfs.core.errors import (
     RecoveringError,
 )
 from sheepfs.core.geometry import data_object
+from storaged.store.disk import DiskSpace
 from storaged.store.objects import ObjectStore
 
 A = data_object(7, 0)
@@ -114,6 +115,41 @@ def test_no_space_from_the_system_half_way_makes_a_suspect(disk: FaultyDisk) -> 
     assert store.suspects() == [A]
     store.launder(A, 1)
     assert get(store, A, 0, 8192) == _DATA[:8192]
+
+
+@pytest.mark.parametrize("room", [0, 1 << 20, (4 << 20) - 8192])
+def test_a_disk_that_fills_up_within_a_patch_stays_in_use(
+    disk: FaultyDisk, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(disk, reserve_bytes=0)
+    for start in range(0, 4 << 20, 1 << 20):
+        put(store, A, start, _DATA, create=not start)
+    put(store, B, 0, b"old", create=True)
+    flush(store)
+    new = data_object(8, 2)
+    # The last of these has no room for the new object's header only.
+    for target, left in ((B, room), (new, room + 3 * 4096)):
+
+        def look_and_fill(left: int = left) -> DiskSpace:
+            # Another user of the disk takes the room between the look at it and the write.
+            disk.fill(left)
+            return DiskSpace(disk.capacity, 1 << 30)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(disk, "space", look_and_fill)
+            with pytest.raises(NoSpaceError):
+                level(store, A, target, 99)
+        disk.capacity = 1 << 40
+    assert store.get(new) is None
+    assert store.suspects() == [B]
+    flush(store)
+    assert get(store, A, 0, 1 << 20) == _DATA
+    for target in (B, new):
+        level(store, A, target, 99)
+        assert get(store, target) == get(store, A)
+    flush(store)
+    disk.kill()
+    assert open_store(disk, reserve_bytes=0).usage().objects == 3
 
 
 # --- failing ---

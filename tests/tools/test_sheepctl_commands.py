@@ -250,3 +250,38 @@ def test_info_of_a_vdi_tells_its_snapshots(sheepctl: Bench, vm1: int) -> None:
 def test_renamed_vdi_takes_its_snapshots_along(sheepctl: Bench, vm1: int) -> None:
     sheepctl.good("vdi rename vm1 web")
     assert names(sheepctl, "snapshot") == ["web@daily.raw", "web@weekly.raw"]
+
+
+def test_limits_of_recovery_are_set_one_by_one_and_shown(sheepctl: Bench) -> None:
+    assert sheepctl.good("cluster recovery --json").json == {
+        "setting": {"parallel": 4, "bandwidth": 0, "paused": False, "out_after_s": 600.0},
+        "recovery": None,
+        "nodes": [],
+    }
+    sheepctl.good("cluster recovery --bandwidth 100M --parallel 8")
+    shown = sheepctl.good("cluster recovery --out-after 1.5h --pause").out
+    for part in ("8 objects at once", "100 MiB/s", "yes", "1 h 30 min"):
+        assert part in shown
+    setting = sheepctl.good("cluster recovery --resume --bandwidth unlimited --json").json
+    assert setting == {"parallel": 8, "bandwidth": 0, "paused": False, "out_after_s": 5400.0}
+    assert "nothing is to be recovered" in sheepctl.good("cluster recovery --watch").out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--parallel 0", "--parallel 65", "--bandwidth 0", "--bandwidth 10K", "--bandwidth fast",
+        "--out-after soon", "--out-after 0", "--pause --resume", "--pause --watch",
+    ],
+)  # fmt: skip
+def test_limits_of_recovery_that_make_no_sense_are_refused(sheepctl: Bench, line: str) -> None:
+    assert sheepctl.bad(2, f"cluster recovery {line}")
+    setting = sheepctl.good("cluster recovery --json").json["setting"]
+    assert setting == {"parallel": 4, "bandwidth": 0, "paused": False, "out_after_s": 600.0}
+
+
+def test_limits_of_recovery_in_etcd_that_no_daemon_could_go_by_are_an_error(
+    sheepctl: Bench,
+) -> None:
+    sheepctl.put(KEYS.setting("recovery"), b'{"format": 2, "parallel": 1000}')
+    assert "parallel" in sheepctl.bad(1, "cluster recovery")

@@ -1,0 +1,316 @@
+"""Pulling: making this node's copy of one object equal to a sync member's.
+
+Always holds:
+- The source is a `sync` member of the group's current epoch, never this node's own memory of who
+  had what (I8).
+- A copy is patched block by block to be equal to the source's at one version of it.
+- A copy is level only if it has every change that this node acknowledged (`Level.missed`).
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import Protocol
+
+import trio
+
+from sheepfs.core.clustermap import ClusterMap, PlacementGroup
+from sheepfs.core.errors import (
+    NoSpaceError,
+    ObjectNotFoundError,
+    RecoveringError,
+    RetryableError,
+    SheepError,
+    UnreachableError,
+)
+from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
+from sheepfs.core.wire import FLAG_YIELD, Header, Op
+from sheepfs.net.link import Link
+from storaged.comparing import decode_layout
+from storaged.replica import Replica
+from storaged.store.entry import sibling
+from storaged.store.format import BITMAP_SIZE, EMPTY_TABLE
+from storaged.store.level import Patch, make_patch, union
+
+log = logging.getLogger(__name__)
+
+PULL_TIMEOUT_S = 5.0
+RETRY_DELAY_S = 0.1
+PATIENCE_S = 2.0
+"""How long a pull waits for a peer to be reachable: requests on the object wait meanwhile."""
+WITNESS_EVERY_S = 0.002
+
+
+class Peers(Protocol):
+    """Live links to other nodes (sheepfs.net.router)."""
+
+    map: ClusterMap
+
+    def link(self, node: int) -> Link | None:
+        """The live link to a node's current incarnation, if there is one."""
+        ...
+
+
+class Pulling:
+    """Pulls objects from peers, for one node."""
+
+    def __init__(self, replica: Replica, peers: Peers) -> None:
+        self._replica = replica
+        self._peers = peers
+        self._changed = trio.Event()
+        """Set, and replaced by another, when a new map is there."""
+
+    def _source(self, group: PlacementGroup, wanted: int | None = None) -> Link:
+        """Give a live link to a sync member other than this node."""
+        for node in group.sync if wanted is None else (wanted,):
+            link = self._peers.link(node)
+            if node != self._replica.node and node in group.sync and link is not None:
+                return link
+        raise UnreachableError("no sync member of the group can be reached")
+
+    async def witness(self, oid: int, pool: int, pg: int, version: int) -> None:
+        """See that a sync member has a change that this node will miss, and note it as missed.
+
+        Raises:
+            SheepError: none has it, or says so in time.
+        """
+        replica = self._replica
+        give_up = trio.current_time() + PATIENCE_S
+        while True:
+            group = replica.map.pools[pool][pg]
+            found = 0
+            with suppress(ObjectNotFoundError):
+                header, _ = await self._source(group).call(
+                    Op.STAT,
+                    oid=oid,
+                    pool=pool,
+                    pg=pg,
+                    epoch=replica.map.epoch,
+                    timeout_s=PULL_TIMEOUT_S,
+                )
+                found = header.version
+            level = replica.level_of(pool, pg)
+            if level.changed != group.changed or replica.node not in group.joining:
+                raise RecoveringError("the group changed meanwhile")
+            if found >= version:
+                level.miss(oid, found)
+                return
+            if trio.current_time() > give_up:
+                raise RecoveringError(f"no sync member has {describe_oid(oid)} at {version:x} yet")
+            await trio.sleep(WITNESS_EVERY_S)
+
+    async def pull(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:
+        """Make the local copy of a held object equal to a sync member's.
+
+        Durability: none until the next flush. Cancellation: the copy may be half patched; it is
+        marked, so after a restart it counts as suspect. Ordering: the caller holds the object.
+
+        Raises:
+            SheepError: no sync member gave it (the last one's reason).
+        """
+        give_up = trio.current_time() + PATIENCE_S
+        while True:
+            problem = await self._try_to_pull(oid, pool, pg, source)
+            if problem is None:
+                return
+            if not isinstance(problem, RetryableError) or trio.current_time() > give_up:
+                raise problem
+            with trio.move_on_after(RETRY_DELAY_S):
+                await self._changed.wait()
+
+    async def _try_to_pull(
+        self, oid: int, pool: int, pg: int, source: int | None
+    ) -> SheepError | None:
+        """Ask each sync member (or `source` alone) once; give the last one's reason."""
+        group = self._replica.map.pools[pool][pg]
+        candidates = [n for n in group.sync if n != self._replica.node]
+        problem: SheepError = ObjectNotFoundError("the group has no other sync member")
+        for node in candidates if source is None else [source]:
+            try:
+                link = self._source(group, node)
+                await self._pull_from(link, oid, pool, pg, source is not None)
+                return None
+            except NoSpaceError as error:
+                return error  # It is this node that has none.
+            except SheepError as error:
+                problem = error
+        return problem
+
+    async def _pull_from(self, link: Link, oid: int, pool: int, pg: int, exact: bool) -> None:
+        store = self._replica.store
+        inherited = store.get(oid) is None and await self._inherit(link, oid, pool, pg)
+        hashes = await self._hashes(oid)
+        try:
+            found = await self._ask(link, oid, pool, pg, hashes)
+        except ObjectNotFoundError:
+            if inherited:
+                store.delete(oid)  # It never was an object.
+            await self._not_there(oid, pool, pg)
+            raise
+        await self._apply(link.node, oid, pool, pg, hashes, [found], exact)
+
+    async def _not_there(self, oid: int, pool: int, pg: int) -> None:
+        """A sync member does not have a held object: it is out of the way, if it is here."""
+        replica = self._replica
+        if replica.node in replica.map.pools[pool][pg].joining:
+            await replica.free(oid)
+            replica.store.quarantine(oid)
+        replica.level_of(pool, pg).bring(oid)
+
+    async def fetch(self, oid: int, pool: int, pg: int) -> bool:
+        """Pull an object that no client waits for, in pieces at their pace, held at the end only.
+
+        Returns:
+            False if it was changed meanwhile, here or there, so that the pieces do not fit.
+
+        Raises:
+            SheepError: the source could not give it now.
+        """
+        replica, store, pacer = self._replica, self._replica.store, self._replica.pacer
+        group = replica.map.pools[pool][pg]
+        link = self._source(group)
+        inherited = False
+        if store.get(oid) is None:
+            await replica.take(oid)
+            try:
+                inherited = await self._inherit(link, oid, pool, pg)
+            finally:
+                replica.release(oid)
+        before = store.get(oid)
+        hashes = await self._hashes(oid)
+        pieces: list[tuple[Header, bytes]] = []
+        size = pacer.piece_bytes
+        for offset in range(0, OBJECT_SIZE, size):
+            await pacer.turn(size)
+            unused = size
+            try:
+                header, body = await self._ask(
+                    link, oid, pool, pg, hashes, FLAG_YIELD, offset=offset, span=size
+                )
+                unused -= min(size, len(body))
+            except ObjectNotFoundError:
+                await replica.take(oid)
+                try:
+                    if inherited and store.get(oid) is before:
+                        store.delete(oid)  # It never was an object.
+                    if oid not in replica.fresh_of(pool, pg):
+                        await self._not_there(oid, pool, pg)
+                finally:
+                    replica.release(oid)
+                raise
+            finally:
+                pacer.give_back(unused)
+            pieces.append((header, body))
+            if (header.version, header.span) != (pieces[0][0].version, pieces[0][0].span):
+                return False
+        await replica.take(oid)
+        try:
+            current = replica.map.pools[pool][pg]
+            if store.get(oid) is not before or current.changed != group.changed:
+                return False
+            await self._apply(link.node, oid, pool, pg, hashes, pieces, False)
+        finally:
+            replica.release(oid)
+        return True
+
+    async def _hashes(self, oid: int) -> bytes:
+        if self._replica.store.get(oid) is None:
+            return EMPTY_TABLE
+        return await trio.to_thread.run_sync(self._replica.store.digests, oid)
+
+    async def _ask(
+        self, link: Link, oid: int, pool: int, pg: int, hashes: bytes, flags: int = 0, **span: int
+    ) -> tuple[Header, bytes]:
+        """Ask a peer for what differs from `hashes`."""
+        header, body = await link.call(
+            Op.PULL,
+            hashes,
+            flags=flags,
+            oid=oid,
+            pool=pool,
+            pg=pg,
+            epoch=self._replica.map.epoch,
+            timeout_s=PULL_TIMEOUT_S,
+            **span,
+        )
+        return header, body
+
+    async def _apply(
+        self,
+        source: int,
+        oid: int,
+        pool: int,
+        pg: int,
+        hashes: bytes,
+        pieces: list[tuple[Header, bytes]],
+        exact: bool,
+    ) -> None:
+        """Patch a held object with what a source said to differ from `hashes`."""
+        replica, store = self._replica, self._replica.store
+        version, lineage = pieces[0][0].version, pieces[0][0].span
+        own = store.get(oid)
+        trusted = own is not None and not own.suspect and self._is_trusted(oid, pool, pg)
+        if own is not None and trusted and version < own.version and not exact:
+            # The peer has yet to get a write that this node acknowledged: never go back.
+            raise RecoveringError(f"node {source} is behind for {describe_oid(oid)}")
+        if version < replica.level_of(pool, pg).missed.get(oid, 0) and not exact:
+            raise RecoveringError(f"node {source} lacks a change of {describe_oid(oid)}")
+
+        def check() -> Patch:
+            bodies = [memoryview(body) for _, body in pieces]
+            differs = union(body[:BITMAP_SIZE] for body in bodies)
+            zero = union(body[BITMAP_SIZE : 2 * BITMAP_SIZE] for body in bodies)
+            data = [body[2 * BITMAP_SIZE :] for body in bodies]
+            whole = data[0] if len(data) == 1 else memoryview(b"".join(data))
+            return make_patch(hashes, version, lineage, differs, zero, whole)
+
+        patch = await trio.to_thread.run_sync(check)
+        if not store.is_marked(oid):
+            await trio.to_thread.run_sync(store.mark, [oid])
+        job = store.begin_patch(oid, patch, pool=pool, pg=pg)
+        try:
+            await trio.to_thread.run_sync(job.run)
+        except BaseException:
+            store.leave_patch(job)
+            raise
+        store.end_patch(job)
+        replica.level_of(pool, pg).bring(oid)
+        replica.counters.pulled_objects += 1
+        replica.counters.pulled_bytes += len(patch.data)
+        if own is not None and trusted:
+            replica.counters.repaired_blocks += len(patch.differs)
+
+    async def _inherit(self, link: Link, oid: int, pool: int, pg: int) -> bool:
+        """Make an object that is not here of what local objects have of it; tells whether it did.
+
+        As the source's copy is made of others, so that what is shared there is shared here.
+        """
+        replica, store = self._replica, self._replica.store
+        try:
+            _, body = await link.call(
+                Op.LAYOUT,
+                b"",
+                oid=oid,
+                pool=pool,
+                pg=pg,
+                epoch=replica.map.epoch,
+                timeout_s=PULL_TIMEOUT_S,
+            )
+        except ObjectNotFoundError:
+            return False  # PULL says the same, and what follows from it.
+        layout = decode_layout(body)
+        bases = [sibling(oid, layer) for layer in layout.layers]
+        trusted = {base for base in bases if self._is_trusted(base, pool, pg)}
+        if not trusted or store.get(oid) is not None:
+            return False
+        copy = await trio.to_thread.run_sync(store.compose, oid, layout, trusted)
+        if copy.overlay is None:
+            return False
+        await trio.to_thread.run_sync(store.mark, [oid])
+        store.inherit(oid, copy, pool=pool, pg=pg)
+        return True
+
+    def _is_trusted(self, oid: int, pool: int, pg: int) -> bool:
+        group = self._replica.map.pools[pool][pg]
+        return self._replica.node in group.sync or oid in self._replica.fresh_of(pool, pg)
