@@ -19,7 +19,7 @@ import trio
 from sheepfs import __version__
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import SheepError, UnreachableError
-from sheepfs.core.metadata import ClusterConfig, Keys
+from sheepfs.core.metadata import ClusterConfig, Keys, ScrubRecord
 from sheepfs.core.wire import Op
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
@@ -34,7 +34,9 @@ from storaged.reclaim import Reclaimer
 from storaged.recovery import JoinedGroup, Recovery, encode_joined
 from storaged.removal import Removal
 from storaged.replica import Replica
+from storaged.scrub import Scrubber
 from storaged.server import Server
+from storaged.settings import Setting
 from storaged.store.disk import Disk
 from storaged.store.objects import ObjectStore
 
@@ -152,6 +154,7 @@ class Daemon:
             nursery.start_soon(parts.follower.run)
             nursery.start_soon(parts.leader.run)
             nursery.start_soon(parts.reclaimer.run)
+            nursery.start_soon(parts.scrubber.run)
             ready(
                 f"node {node} of cluster {options.cluster} serves {options.data_dir} at {address}"
             )
@@ -205,13 +208,15 @@ class _Parts:
 
         self.leader = Leader(store, keys, config, announcer, ping_run, self._take)
         self.removal = Removal(self.replica, nursery)
-        self.reclaimer = Reclaimer(
-            Catalog(store, keys), self.replica, self.removal, self.leader, self.router
-        )
+        catalog = Catalog(store, keys)
+        self.reclaimer = Reclaimer(catalog, self.replica, self.removal, self.leader, self.router)
+        scrubbing = Setting(store, keys.setting("scrub"), ScrubRecord())
+        self.scrubber = Scrubber(self.replica, self.router, catalog, scrubbing)
         self.control = Control(self.leader, lambda: self.replica.map, self._take, self._status)
         handlers: dict[int, Any] = {op: self.replica.handle for op in self.replica.handlers}
         handlers[Op.RECLAIM] = self.removal.handle
         handlers[Op.USAGE] = self.removal.usage
+        handlers[Op.SCRUB] = self.scrubber.handle
         self.server = Server(config.cluster, {**handlers, **self.control.handlers}, self._greet)
 
     def is_serving(self) -> bool:
@@ -284,6 +289,7 @@ class _Parts:
             "pulled_bytes": counters.pulled_bytes,
             "suspects": len(self._objects.suspects()),
             "joining": self.recovery.groups_left,
+            "scrub": self.scrubber.status(),
             "version": __version__,
             **self.server.statistics(),
         }

@@ -234,18 +234,23 @@ class Recovery:
                 return link
         raise UnreachableError("no sync member of the group can be reached")
 
-    async def pull(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:
-        """Make the local copy of a held object equal to a sync member's.
+    async def pull(
+        self, oid: int, pool: int, pg: int, source: int | None = None, *, exact: bool = True
+    ) -> None:
+        """Make the local copy of a held object equal to a sync member's (`source`'s, if given).
 
         Durability: none until the next flush. Cancellation: the copy may be half patched; it is
         marked, so after a restart it counts as suspect. Ordering: the caller holds the object.
+
+        Args:
+            exact: also when `source` has an older one.
 
         Raises:
             SheepError: no sync member gave it (the last one's reason).
         """
         give_up = trio.current_time() + PATIENCE_S
         while True:
-            problem = await self._try_to_pull(oid, pool, pg, source)
+            problem = await self._try_to_pull(oid, pool, pg, source, exact)
             if problem is None:
                 return
             if not isinstance(problem, RetryableError) or trio.current_time() > give_up:
@@ -254,7 +259,7 @@ class Recovery:
                 await self._changed.wait()
 
     async def _try_to_pull(
-        self, oid: int, pool: int, pg: int, source: int | None
+        self, oid: int, pool: int, pg: int, source: int | None, exact: bool
     ) -> SheepError | None:
         """Ask each sync member (or `source` alone) once; give the last one's reason."""
         group = self._replica.map.pools[pool][pg]
@@ -262,7 +267,8 @@ class Recovery:
         problem: SheepError = ObjectNotFoundError("the group has no other sync member")
         for node in candidates if source is None else [source]:
             try:
-                await self._pull_from(self._source(group, node), oid, pool, pg, source is not None)
+                is_exact = exact and source is not None
+                await self._pull_from(self._source(group, node), oid, pool, pg, is_exact)
                 return None
             except SheepError as error:
                 problem = error

@@ -63,6 +63,7 @@ class Replica(Comparing):
     # -- reads ------------------------------------------------------------------------------
 
     def _read(self, client: Client, header: Header, payload: Buffer) -> None:
+        self.served += 1
         check_token(header, self.tokens)
         self.gate.check_sync(header)
         check_range(header)
@@ -97,6 +98,7 @@ class Replica(Comparing):
     # -- changes ----------------------------------------------------------------------------
 
     def _change(self, client: Client, header: Header, payload: Buffer) -> None:
+        self.served += 1
         check_write_token(header, self.tokens)
         role = self.gate.check(header)
         oid = header.oid

@@ -49,6 +49,8 @@ BASE = struct.Struct("<Q")
 """What stands before the data of a change with `FLAG_COPY`: the layer that is copied."""
 FLAG_KEEP_MAPS = 1
 """RECLAIM: the layer's map objects are in use."""
+FLAG_FORWARD = 1
+"""REPAIR: a copy that is newer than the source's stays as it is."""
 RANGE = struct.Struct("<II")
 """RECLAIM's payload: index ranges [start, end) of the layer's data objects that are in use."""
 
@@ -81,6 +83,7 @@ class Op(IntEnum):
     SUMS = 20
     LAYOUT = 21
     USAGE = 22
+    SCRUB = 23
 
 
 class Header(NamedTuple):
