@@ -46,6 +46,7 @@ from storaged.logic.scrub import (
     Alarm,
     Copies,
     Copy,
+    Level,
     State,
     ages_differ,
     are_equal,
@@ -168,6 +169,10 @@ class Agreement:
         first = {oid: copies for oid, copies in first.items() if not are_equal(copies)}
         for oid in set(oids) - first.keys():
             self.findings.solved(oid, UNEQUAL)
+        # What changes at every look is being written.
+        first = {
+            oid: found for oid, found in first.items() if await self._look(group, oid) == found
+        }
         if not first:
             return
         await trio.sleep(SECOND_LOOK_S / 2)
@@ -199,8 +204,7 @@ class Agreement:
             self.findings.found += len(verdict.behind)
             log.warning("%s: copies differ (%s)", describe_oid(oid), what)
         try:
-            for node in verdict.behind:
-                await self._repair(group, oid, node, verdict.source)
+            await self._level(group, oid, verdict)
         except (CorruptError, ObjectNotFoundError) as error:
             self._report(oid, f"node {verdict.source} cannot give its copy: {error}")
             return
@@ -208,6 +212,15 @@ class Agreement:
             self.findings.repaired += len(verdict.behind)
             self.findings.solved(oid, UNEQUAL)
             log.warning("%s: made equal to the copy of node %d", describe_oid(oid), verdict.source)
+
+    async def _level(self, group: _Group, oid: int, verdict: Level) -> None:
+        for node in verdict.behind:
+            try:
+                await self._repair(group, oid, node, verdict.source)
+            except CorruptError:
+                # A member that mends its copy at this moment says so, too.
+                await trio.sleep(SECOND_LOOK_S)
+                await self._repair(group, oid, node, verdict.source)
 
     def _report(self, oid: int, why: str) -> None:
         if self.findings.add(Problem(oid, UNEQUAL, why)):

@@ -18,7 +18,6 @@ from sheepfs.core.errors import (
     CorruptError,
     DiskError,
     ObjectNotFoundError,
-    RetryableError,
     SheepError,
 )
 from sheepfs.core.geometry import OBJECT_SIZE, describe_oid, layer_of
@@ -84,7 +83,11 @@ class SelfCheck:
             if self._replica.store.has_failed:
                 raise
             # Clients that meet this end the daemon; a check in the background does not.
-            self._report(Problem(oid, DAMAGED, f"it cannot be read: {error}"))
+            log.info("%s: %s", describe_oid(oid), error)
+            damage = self._opened(oid, pool, pg)
+            if damage.tries > 1:
+                damage.due = trio.current_time() + RETRY_S
+                self._report(Problem(oid, DAMAGED, f"it cannot be read: {error}"))
         except SheepError as error:
             log.debug("%s is not checked now: %s", describe_oid(oid), error)
         return OBJECT_SIZE
@@ -153,21 +156,15 @@ class SelfCheck:
     async def _mend(self, oid: int, pool: int, pg: int, found: Checked) -> None:
         replica, findings = self._replica, self.findings
         group = replica.map.pools[pool][pg]
-        is_alone = group.sync == (replica.node,)
+        is_only = (*group.members, *group.away) == (replica.node,)
         what = f"blocks {', '.join(map(str, found.blocks[:8]))}" if found.blocks else "header"
-        damage = self._open.get(oid)
-        if damage is None:
-            jitter = 1 + replica.node % 4 / 4
-            due = trio.current_time() + AGAIN_S * jitter
-            damage = self._open[oid] = _Open(pool, pg, due)
-            if oid not in findings.problems:
-                findings.found += 1
-                replica.counters.corrupt_blocks += len(found.blocks)
-                log.warning("%s: damage in %s; mending it", describe_oid(oid), what)
-        else:
-            damage.tries += 1
+        if oid not in self._open and oid not in findings.problems:
+            findings.found += 1
+            replica.counters.corrupt_blocks += len(found.blocks)
+            log.warning("%s: damage in %s; mending it", describe_oid(oid), what)
+        damage = self._opened(oid, pool, pg)
         try:
-            if is_alone:
+            if is_only:
                 raise CorruptError("there is no other copy")
             await replica.level(oid, pool, pg)
             await replica.flush_store(layer_of(oid))
@@ -177,18 +174,30 @@ class SelfCheck:
                 findings.solved(oid, DAMAGED)
                 self._open.pop(oid, None)
                 log.warning("%s: %s mended", describe_oid(oid), what)
-        except (RetryableError, ObjectNotFoundError) as error:
-            # Nobody else has it: it is being deleted, or its group's comparison tells.
-            log.info("%s: cannot be mended yet: %s", describe_oid(oid), error)
+        except CorruptError as error:
+            others = [node for node in group.sync if node != replica.node]
+            if is_only or (damage.tries > 1 and others and all(map(self._peers.link, others))):
+                damage.due = trio.current_time() + RETRY_S
+                detail = str(error) if is_only else "no member has a good copy"
+                self._report(Problem(oid, DAMAGED, f"{what}: {detail}", found.blocks))
         except DiskError:
             raise
         except SheepError as error:
-            damage.due = max(damage.due, trio.current_time() + AGAIN_S)
-            others = [node for node in group.sync if node != replica.node]
-            if is_alone or (damage.tries > 1 and all(map(self._peers.link, others))):
-                damage.due = trio.current_time() + RETRY_S
-                detail = str(error) if is_alone else "no member has a good copy"
-                self._report(Problem(oid, DAMAGED, f"{what}: {detail}", found.blocks))
+            # Where nobody else has it, it is being deleted, or its group's comparison tells.
+            log.info("%s: cannot be mended yet: %s", describe_oid(oid), error)
+
+    def _opened(self, oid: int, pool: int, pg: int) -> _Open:
+        """Note that an object's damage is tried to be mended (once more)."""
+        now = trio.current_time()
+        damage = self._open.get(oid)
+        if damage is None:
+            # Not all members at the same time: they would refuse each other again.
+            due = now + AGAIN_S * (1 + self._replica.node % 4 / 4)
+            damage = self._open[oid] = _Open(pool, pg, due)
+        else:
+            damage.tries += 1
+            damage.due = max(damage.due, now + AGAIN_S)
+        return damage
 
     def _report(self, problem: Problem) -> None:
         if self.findings.add(problem):
