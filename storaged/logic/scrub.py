@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 DAY_S = 86_400.0
 MIN_INTERVAL_S = 1.0
+MAX_DAYS = 3650.0
 MIN_RATE = 1 << 16
 """Bytes per second; less would never end."""
 QUIET_REQUESTS = 100.0
@@ -69,7 +70,7 @@ def policy_of(enabled: bool, rate: float, light_days: float, deep_days: float) -
     days = {Kind.LIGHT: light_days, Kind.DEEP: deep_days}
     # Not `max`: it lets NaN through.
     intervals = {
-        kind: n * DAY_S if n * DAY_S >= MIN_INTERVAL_S else MIN_INTERVAL_S
+        kind: min(n, MAX_DAYS) * DAY_S if n * DAY_S >= MIN_INTERVAL_S else MIN_INTERVAL_S
         for kind, n in days.items()
     }
     return Policy(enabled, rate if rate >= MIN_RATE else MIN_RATE, intervals)

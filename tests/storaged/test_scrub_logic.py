@@ -153,11 +153,11 @@ def test_a_light_pass_goes_before_a_deep_one_and_nothing_is_done_while_paused() 
     assert schedule.passes[Kind.DEEP].position == START
 
 
-@pytest.mark.parametrize("number", [math.nan, -1.0, 0.0])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -1.0, 0.0])
 def test_senseless_settings_do_not_stop_or_flood_anything(number: float) -> None:
     policy = policy_of(True, number, number, number)
     assert policy.rate > 0
-    assert all(interval_s >= 1 for interval_s in policy.intervals_s.values())
+    assert all(1 <= interval_s < math.inf for interval_s in policy.intervals_s.values())
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6))
