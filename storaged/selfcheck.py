@@ -180,9 +180,9 @@ class SelfCheck:
                 damage.due = trio.current_time() + RETRY_S
                 detail = str(error) if is_only else "no member has a good copy"
                 self._report(Problem(oid, DAMAGED, f"{what}: {detail}", found.blocks))
-        except DiskError:
-            raise
         except SheepError as error:
+            if replica.store.has_failed:
+                raise
             # Where nobody else has it, it is being deleted, or its group's comparison tells.
             log.info("%s: cannot be mended yet: %s", describe_oid(oid), error)
 
