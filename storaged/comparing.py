@@ -15,7 +15,7 @@ from sheepfs.core.errors import (
     Status,
 )
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SIZE, describe_oid, layer_of
-from sheepfs.core.wire import FLAG_YIELD, Buffer, Header, Op
+from sheepfs.core.wire import FLAG_FORWARD, FLAG_YIELD, Buffer, Header, Op
 from storaged.copies import Copies
 from storaged.logic.gate import Refusal, check_token
 from storaged.requests import Client
@@ -119,7 +119,7 @@ class Comparing(Copies):
             self.release(oid)
 
     def _repair(self, client: Client, header: Header, payload: Buffer) -> None:
-        """A holder found this copy missing, bad or behind: level it with node `span` (0: any)."""
+        """This copy was found missing, bad or behind: level it with node `span` (0: any)."""
         check_token(header, self.tokens)
         self.gate.check(header)
         self.gate.check_object(header)
@@ -130,7 +130,8 @@ class Comparing(Copies):
         oid = header.oid
         missing = self.store.get(oid) is None
         try:
-            await self._bring_level(oid, header.pool, header.pg, header.span or None)
+            exact = not header.flags & FLAG_FORWARD
+            await self._bring_level(oid, header.pool, header.pg, header.span or None, exact=exact)
             client.reply(header, version=self._version(oid))
             if missing:
                 self.counters.restored_objects += 1

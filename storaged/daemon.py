@@ -20,7 +20,7 @@ import trio
 from sheepfs import __version__
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError
-from sheepfs.core.metadata import ClusterConfig, Keys, RecoveryRecord
+from sheepfs.core.metadata import ClusterConfig, Keys, RecoveryRecord, ScrubRecord
 from sheepfs.core.wire import Op
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
@@ -43,6 +43,7 @@ from storaged.reclaim import Reclaimer
 from storaged.recovery import JoinedGroup, Recovery, encode_joined
 from storaged.removal import Removal
 from storaged.replica import Replica
+from storaged.scrub import Scrubber
 from storaged.server import Server
 from storaged.settings import Setting
 from storaged.store.disk import Disk
@@ -173,6 +174,7 @@ class Daemon:
             nursery.start_soon(parts.leftovers.run)
             if options.weight is None:
                 nursery.start_soon(_follow_capacity, objects, announcer)
+            nursery.start_soon(parts.scrubber.run)
             ready(
                 f"node {node} of cluster {options.cluster} serves {options.data_dir} at {address}"
             )
@@ -245,13 +247,15 @@ class _Parts:
         )
         self.removal = Removal(self.replica, nursery)
         self.leftovers = Leftovers(self.replica, self.router)
-        self.reclaimer = Reclaimer(
-            Catalog(store, keys), self.replica, self.removal, self.leader, self.router
-        )
+        catalog = Catalog(store, keys)
+        self.reclaimer = Reclaimer(catalog, self.replica, self.removal, self.leader, self.router)
+        scrubbing = Setting(store, keys.setting("scrub"), ScrubRecord())
+        self.scrubber = Scrubber(self.replica, self.router, catalog, scrubbing)
         self.control = Control(self.leader, lambda: self.replica.map, self._take, self._status)
         handlers: dict[int, Any] = {op: self.replica.handle for op in self.replica.handlers}
         handlers[Op.RECLAIM] = self.removal.handle
         handlers[Op.USAGE] = self.removal.usage
+        handlers[Op.SCRUB] = self.scrubber.handle
         self.server = Server(config.cluster, {**handlers, **self.control.handlers}, self._greet)
 
     def is_serving(self) -> bool:
@@ -341,6 +345,7 @@ class _Parts:
             "suspects": len(self._objects.suspects()),
             "joining": progress["groups_left"],
             "recovery": progress,
+            "scrub": self.scrubber.status(),
             "version": __version__,
             **self.server.statistics(),
         }

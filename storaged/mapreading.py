@@ -18,7 +18,11 @@ from sheepfs.core.geometry import (
     BLOCK_SIZE,
     MAP_ENTRIES_PER_BLOCK,
     MAP_ENTRIES_PER_OBJECT,
+    MAP_ENTRY_SIZE,
     describe_oid,
+    index_of,
+    is_map_object,
+    layer_of,
     map_object,
     pg_of,
     pool_of,
@@ -61,6 +65,29 @@ class MapReading:
             for nodes in [sync] if settled else [(node,) for node in sync]:
                 async for number, page in self._pages_of(oid, nodes):
                     yield index * PAGES_PER_OBJECT + number, page
+
+    async def names(self, layer: int, maps: int, oid: int, settled: bool) -> bool:
+        """Tell whether a map names an object: a data object, or a map object of its own.
+
+        Args:
+            layer, maps, settled: as for `pages`; if not settled, every sync member must say so.
+
+        Raises:
+            SheepError: it cannot be read from any, or from every, sync member.
+        """
+        index = index_of(oid)
+        if is_map_object(oid):
+            return layer_of(oid) == layer and bool(maps >> index & 1)
+        number, entry = divmod(index, MAP_ENTRIES_PER_OBJECT)
+        if not maps >> number & 1:
+            return False
+        where = map_object(layer, number)
+        sync = self._group(where)[1].sync
+        for nodes in [sync] if settled else [(node,) for node in sync]:
+            data = await self._ask(nodes, where, Op.READ, entry * MAP_ENTRY_SIZE, MAP_ENTRY_SIZE)
+            if int.from_bytes(data, "little") != layer_of(oid):
+                return False
+        return True
 
     async def _pages_of(self, oid: int, nodes: Sequence[int]) -> AsyncIterator[tuple[int, bytes]]:
         stored = blocks_in(await self._ask(nodes, oid, Op.EXTENTS, 0, 0))

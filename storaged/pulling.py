@@ -100,18 +100,23 @@ class Pulling:
                 raise RecoveringError(f"no sync member has {describe_oid(oid)} at {version:x} yet")
             await trio.sleep(WITNESS_EVERY_S)
 
-    async def pull(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:
-        """Make the local copy of a held object equal to a sync member's.
+    async def pull(
+        self, oid: int, pool: int, pg: int, source: int | None = None, *, exact: bool = True
+    ) -> None:
+        """Make the local copy of a held object equal to a sync member's (`source`'s, if given).
 
         Durability: none until the next flush. Cancellation: the copy may be half patched; it is
         marked, so after a restart it counts as suspect. Ordering: the caller holds the object.
+
+        Args:
+            exact: also when `source` has an older one.
 
         Raises:
             SheepError: no sync member gave it (the last one's reason).
         """
         give_up = trio.current_time() + PATIENCE_S
         while True:
-            problem = await self._try_to_pull(oid, pool, pg, source)
+            problem = await self._try_to_pull(oid, pool, pg, source, exact)
             if problem is None:
                 return
             if not isinstance(problem, RetryableError) or trio.current_time() > give_up:
@@ -120,7 +125,7 @@ class Pulling:
                 await self._changed.wait()
 
     async def _try_to_pull(
-        self, oid: int, pool: int, pg: int, source: int | None
+        self, oid: int, pool: int, pg: int, source: int | None, exact: bool
     ) -> SheepError | None:
         """Ask each sync member (or `source` alone) once; give the last one's reason."""
         group = self._replica.map.pools[pool][pg]
@@ -129,7 +134,7 @@ class Pulling:
         for node in candidates if source is None else [source]:
             try:
                 link = self._source(group, node)
-                await self._pull_from(link, oid, pool, pg, source is not None)
+                await self._pull_from(link, oid, pool, pg, exact and source is not None)
                 return None
             except NoSpaceError as error:
                 return error  # It is this node that has none.

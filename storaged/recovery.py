@@ -329,7 +329,7 @@ class Recovery(Pulling):
             return False
         replica.hold(oid)
         try:
-            problem = await self._try_to_pull(oid, pool, pg, None)
+            problem = await self._try_to_pull(oid, pool, pg, None, False)
         finally:
             replica.release(oid)
         if problem is not None:

@@ -58,8 +58,17 @@ class Client(Protocol):
 class Puller(Protocol):
     """Brings an object level with a sync member's (storaged.recovery)."""
 
-    async def pull(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:
-        """Make the local copy equal to a sync member's. Raises SheepError if none can give it."""
+    async def pull(
+        self, oid: int, pool: int, pg: int, source: int | None = None, *, exact: bool = True
+    ) -> None:
+        """Make the local copy equal to a sync member's (`source`'s, if given).
+
+        Args:
+            exact: also when `source` has an older one.
+
+        Raises:
+            SheepError: none can give it.
+        """
         ...
 
     async def witness(self, oid: int, pool: int, pg: int, version: int) -> None:
@@ -129,6 +138,17 @@ class Requests:
                 if self.node not in group.joining:
                     self._levels.forget(pool, pg)
 
+    def sync_members(self, pool: int, pg: int) -> tuple[int, ...]:
+        """Give a group's members that have everything; none if the map is not about this run."""
+        groups = self.map.pools.get(pool, ())
+        return groups[pg].sync if self.is_known and pg < len(groups) else ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the map is about this run."""
+        known = self.map.nodes.get(self.node)
+        return known is not None and known.incarnation == self.incarnation
+
     def fresh_of(self, pool: int, pg: int) -> set[int]:
         """Objects of a group that are level since this node began to join it."""
         return self.level_of(pool, pg).fresh
@@ -179,6 +199,10 @@ class Requests:
         if isinstance(error, DiskError):
             self._on_disk_error(error)
         client.reply(header, str(error).encode(), error.status, version=self._version(header.oid))
+
+    def disk_failed(self, error: SheepError) -> None:
+        """The disk failed in something that nobody asked for: the daemon ends (I5)."""
+        self._on_disk_error(error)
 
     def _version(self, oid: int) -> int:
         try:
@@ -263,10 +287,28 @@ class Requests:
         self._repairing.discard(oid)
         self.release(oid)
 
-    async def _bring_level(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:
+    async def level(self, oid: int, pool: int, pg: int, source: int | None = None) -> None:
+        """Make a copy that is missing, bad or behind equal to a sync member's, never older.
+
+        Durability: none until the next flush. Cancellation: as `Puller.pull`.
+
+        Raises:
+            SheepError: no member, or not `source`, can give it now.
+        """
+        await self.take(oid)
+        self._repairing.add(oid)
+        try:
+            await self._bring_level(oid, pool, pg, source, exact=False)
+        finally:
+            self._repairing.discard(oid)
+            self.release(oid)
+
+    async def _bring_level(
+        self, oid: int, pool: int, pg: int, source: int | None = None, *, exact: bool = True
+    ) -> None:
         if self.puller is None:
             raise RecoveringError("this node has no way to reach its peers yet")
-        await self.puller.pull(oid, pool, pg, source)
+        await self.puller.pull(oid, pool, pg, source, exact=exact)
 
     def _miss(self, client: Client, header: Header, payload: Buffer) -> None:
         """A change of an object that this joining node lacks: the copy to come will have it.

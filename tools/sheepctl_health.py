@@ -106,6 +106,12 @@ def assess(cluster_map: ClusterMap, statuses: Statuses) -> Health:
         reasons.append(sentence(recovery))
     if corrupt > repaired:
         reasons.append(f"{corrupt - repaired} corrupt blocks were found and not repaired yet")
+    unrepairable = sum(int((a.get("scrub") or {}).get("unrepairable") or 0) for a in answers)
+    if unrepairable:
+        reasons.append(
+            f"{unrepairable} damaged or differing replicas cannot be repaired:"
+            " sheepctl scrub status"
+        )
     verdict = "down" if down else "degraded" if reasons else "ok"
     return Health(
         verdict,

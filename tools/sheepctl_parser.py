@@ -7,6 +7,7 @@ import argparse
 from sheepfs_tools.sheepctl_commandline import SNAPSHOT, TRASH, VDI, Area, common_options
 from sheepfs_tools.sheepctl_parser_node import add_node, add_recover
 from sheepfs_tools.sheepctl_parser_rescue import add_rescue
+from sheepfs_tools.sheepctl_parser_scrub import add_scrub
 from sheepfs_tools.sheepctl_parser_vdi import add_vdi
 
 DESCRIPTION = "Administer a sheepfs cluster: disks, snapshots, the trash, the cluster itself."
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     areas = parser.add_subparsers(dest="area", metavar="COMMAND", required=True)
     _add_cluster(Area(areas, "cluster", "the cluster as a whole", "sheepctl_cluster"))
     add_node(Area(areas, "node", "storage daemons", "sheepctl_cluster"))
+    add_scrub(Area(areas, "scrub", "the background check of all replicas", "sheepctl_scrub"))
     add_vdi(Area(areas, "vdi", "virtual disk images", "sheepctl_vdi"))
     _add_snapshot(Area(areas, "snapshot", "snapshots of VDIs", "sheepctl_snapshot"))
     _add_trash(Area(areas, "trash", "what is deleted and can be restored", "sheepctl_trash"))

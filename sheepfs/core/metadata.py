@@ -451,6 +451,19 @@ class RequestRecord(Record):
     """Written by the holder: `done`, or `error: ` and the reason."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScrubRecord(Record):
+    """`settings/scrub`: how storage daemons check what they have."""
+
+    enabled: bool = True
+    rate: int = 20 << 20
+    """Bytes per second that each node checks at most."""
+    deep_days: float = 14.0
+    """Days in which all bytes of every replica are read once."""
+    light_days: float = 1.0
+    """Days in which the replicas of every object are compared once."""
+
+
 def check_cluster_name(name: str) -> None:
     """Refuse cluster names that cannot be part of a key (UsageError)."""
     if (

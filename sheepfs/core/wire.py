@@ -51,6 +51,8 @@ FLAG_YIELD = 1
 """PULL: nobody waits for it; BUSY while the source has clients' requests to see to."""
 FLAG_KEEP_MAPS = 1
 """RECLAIM: the layer's map objects are in use."""
+FLAG_FORWARD = 1
+"""REPAIR: a copy that is newer than the source's stays as it is."""
 RANGE = struct.Struct("<II")
 """RECLAIM's payload: index ranges [start, end) of the layer's data objects that are in use."""
 
@@ -83,6 +85,7 @@ class Op(IntEnum):
     SUMS = 20
     LAYOUT = 21
     USAGE = 22
+    SCRUB = 23
 
 
 class Header(NamedTuple):

@@ -12,11 +12,12 @@ import logging
 from pathlib import Path
 from typing import Self
 
-from sheepfs.core.errors import UsageError, WrongClusterError
+from sheepfs.core.errors import NoSpaceError, UsageError, WrongClusterError
 from storaged.store import startup, superblock
 from storaged.store.catalog import Catalog
+from storaged.store.checker import Checker
 from storaged.store.dirtylog import DirtyLog
-from storaged.store.disk import Disk, FileDisk, Health, disk_error
+from storaged.store.disk import Disk, FileDisk, Health, disk_error, read_file, replace_file
 from storaged.store.entry import SUSPECT
 from storaged.store.files import OpenFiles, default_limit
 from storaged.store.flush import FlushTracker
@@ -53,6 +54,7 @@ class DataDirectory:
         self._tokens = TokenLog(disk, self._health)
         self._space = SpaceGuard(disk, reserve_bytes)
         self._reader = Reader(disk, self._health, self._catalog, self._files)
+        self._checker = Checker(disk, self._health, self._catalog, self._files, self._reader)
         self._tracker = FlushTracker(disk, self._health, self._marks, self._files)
         self._sharing = Sharing(
             disk,
@@ -234,6 +236,31 @@ class DataDirectory:
         Raises NoSpaceError, DiskError.
         """
         self._tokens.set(vdi, token)
+
+    def note(self, name: str) -> bytes:
+        """Give the last note of a name; empty if there is none. Blocks. Raises DiskError."""
+        try:
+            return read_file(self._disk, name)
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise disk_error(error, name) from error
+
+    def write_note(self, name: str, data: bytes) -> None:
+        """Replace a small file beside the objects durably. Blocks.
+
+        Raises:
+            NoSpaceError: the former one is still there.
+            DiskError: the disk failed; the store is out of use.
+        """
+        self._health.check()
+        try:
+            replace_file(self._disk, name, data)
+        except OSError as error:
+            refused = disk_error(error, name)
+            if isinstance(refused, NoSpaceError):
+                raise refused from error
+            raise self._health.fail(error, name) from error
 
     def close(self, clean: bool = True) -> None:
         """Close the store. Blocks.

@@ -71,6 +71,10 @@ class Disk(Protocol):
         """Make a file's content and size durable."""
         ...
 
+    def drop_cache(self, fd: int, /) -> None:
+        """Have what is durable of a file read from the disk the next time, where that can be."""
+        ...
+
     def fsync_dir(self, path: str) -> None:
         """Make a directory's entries durable."""
         ...
@@ -159,6 +163,10 @@ class FileDisk:
         if number != errno.EOPNOTSUPP:
             raise OSError(number, os.strerror(number))
         write_all(self, fd, bytes(length), offset)
+
+    def drop_cache(self, fd: int, /) -> None:
+        """See Disk."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def fsync_dir(self, path: str) -> None:
         """See Disk."""

@@ -15,7 +15,7 @@ import logging
 import resource
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from sheepfs.core.errors import (
     CorruptError,
@@ -121,6 +121,41 @@ class OpenFiles:
             self.evict_clean()
             return file
         raise RetryableError(f"object {format_oid(entry.oid)} is opened by too many at once")
+
+    def peek(self, entry: StoredObject) -> OpenFile:
+        """Give the entry's open file, or one for the caller alone if it is not open. Blocks.
+
+        Raises: as `acquire`.
+        """
+        file = entry.file
+        if file is not None:
+            return file
+        with suppress(CorruptError):
+            file, header = self._load(entry)
+            if (header.version, header.lineage) == (entry.version, entry.lineage):
+                return file
+        # The longer way finds out whether somebody else has changed it meanwhile.
+        return self.acquire(entry)
+
+    def is_as_written(self, entry: StoredObject, file: OpenFile) -> bool:
+        """Tell whether header and table on disk are those in memory, or about to be. Blocks.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        with self._meta_lock:
+            if entry.changed:
+                return True
+            sequence = file.sequence
+            meta = self._disk.pread(file.fd, META_SIZE, META_OFFSET)
+            try:
+                header, table, _ = decode_meta(entry.oid, self._cluster, meta)
+                is_good = (header.version, header.lineage) == (entry.version, entry.lineage)
+                is_good = is_good and table == file.table
+            except CorruptError:
+                is_good = False
+            # Who changes an object says so first.
+            return is_good or entry.changed or entry.file is not file or file.sequence != sequence
 
     def adopt(
         self, entry: StoredObject, fd: int, table: bytearray, overlay: Overlay | None = None

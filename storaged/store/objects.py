@@ -23,6 +23,7 @@ from sheepfs.core.errors import NoSpaceError, SheepError
 from sheepfs.core.geometry import BLOCKS_PER_OBJECT, format_oid, layer_of, pg_of
 from sheepfs.core.wire import Buffer
 from storaged.store import startup
+from storaged.store.checker import Checked
 from storaged.store.directory import DataDirectory
 from storaged.store.disk import disk_error
 from storaged.store.entry import CORRUPT, OK, SUSPECT, ObjectInfo, StoredObject
@@ -31,7 +32,7 @@ from storaged.store.format import Sources
 from storaged.store.level import Difference, Patch, PatchJob
 from storaged.store.sharing import Copy
 
-__all__ = ["FlushJob", "ObjectInfo", "ObjectStore", "Sources", "StoredObject", "Usage"]
+__all__ = ["Checked", "FlushJob", "ObjectInfo", "ObjectStore", "Sources", "StoredObject", "Usage"]
 log = logging.getLogger(__name__)
 
 
@@ -264,13 +265,25 @@ class ObjectStore(DataDirectory):
         """Give the 128-byte bitmap of blocks that may hold data. May block. Raises: as `read`."""
         return self._reader.bitmap(oid)
 
+    def check(self, oid: int) -> Checked:
+        """Check all of a good object: its data, and its header and table, on the disk. Blocks.
+
+        Raises: as `read`.
+        """
+        return self._checker.check(oid)
+
     def verify(self, oid: int) -> list[int]:
         """Give the blocks whose data on disk is not what the table says. Blocks.
 
         Suspects are checked too: an empty list says that data and table belong together.
         Raises: as `read`, but RecoveringError.
         """
-        return self._reader.verify(oid)
+        return self._checker.verify(oid)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the disk has failed: the store is out of use then (I5)."""
+        return self._health.failed is not None
 
     def quarantine(self, oid: int) -> None:
         """Move an object out of the way, if it is there; durable with the next flush.

@@ -37,8 +37,6 @@ _TRIES = 64
 HOLE = -1
 MISSING = -1
 """Stands for the checksum of an inherited block whose base is gone; no block has it."""
-_CHUNK = 256
-"""Blocks read at once when a whole object is checked."""
 
 
 class Reader:
@@ -75,7 +73,7 @@ class Reader:
             try:
                 found = self._pieces(file, first, sums, False)
             except OSError as error:
-                raise self._failed(oid, error) from error
+                raise self.failed(oid, error) from error
             if found is None:
                 return None
             pieces, bad = found
@@ -112,7 +110,7 @@ class Reader:
             try:
                 found = self._pieces(file, first, sums, True)
             except OSError as error:
-                raise self._failed(oid, error) from error
+                raise self.failed(oid, error) from error
             if found is not None:
                 pieces, bad = found
                 if not bad:
@@ -145,31 +143,6 @@ class Reader:
         if entry is None or entry.state or self._health.failed is not None:
             raise self._catalog.refusal(oid)
         return entry, entry.file or self._files.acquire(entry)
-
-    def verify(self, oid: int) -> list[int]:
-        """See ObjectStore.verify."""
-        bad: list[int] = []
-        for first in range(0, BLOCKS_PER_OBJECT, _CHUNK):
-            bad += self._verify_chunk(oid, first)
-        return bad
-
-    def _verify_chunk(self, oid: int, first: int) -> list[int]:
-        for _ in range(_TRIES):
-            self._health.check()
-            entry = self._catalog.objects.get(oid)
-            if entry is None:
-                raise self._catalog.refusal(oid)
-            file = entry.file or self._files.acquire(entry)
-            sequence = file.sequence
-            sums = SUMS[_CHUNK].unpack_from(file.table, first * 8)
-            try:
-                found = self.disk_sums(file.fd, file.overlay, first, _CHUNK)
-            except OSError as error:
-                raise self._failed(oid, error) from error
-            bad = [first + i for i in range(_CHUNK) if found[i] != sums[i]]
-            if not bad or self.settled(entry, file, sequence):
-                return bad
-        raise RetryableError(f"object {format_oid(oid)} changes too fast to be checked")
 
     def _pieces(
         self, file: OpenFile, first: int, sums: tuple[int, ...], wait: bool
@@ -306,7 +279,8 @@ class Reader:
         log.error("object %s: checksum mismatch in block %s", format_oid(oid), text)
         return CorruptError(f"object {format_oid(oid)}: checksum mismatch in block {text}", bad)
 
-    def _failed(self, oid: int, error: OSError) -> SheepError:
+    def failed(self, oid: int, error: OSError) -> SheepError:
+        """Give the error for a read that the disk refused, and log it."""
         log.error("object %s: read failed: %s", format_oid(oid), error)
         return disk_error(error, f"read of object {format_oid(oid)}")
 

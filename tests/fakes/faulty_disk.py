@@ -155,6 +155,9 @@ class FaultyDisk:
     def fdatasync(self, fd: int, /) -> None:
         self._settle(self._file(fd))
 
+    def drop_cache(self, fd: int, /) -> None:
+        """See Disk. Here reads are always of what the disk will have."""
+
     @_locked
     def fsync_dir(self, path: str) -> None:
         directory = self._directory(path)

@@ -166,7 +166,7 @@ def _passed_on(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "pread", "pread_nowait", "punch", "truncate", "fdatasync", "fsync_dir",
+    "pread", "pread_nowait", "punch", "truncate", "fdatasync", "drop_cache", "fsync_dir",
     "syncfs", "rename", "unlink", "mkdir", "listdir", "space", "lock",
 ):  # fmt: skip
     setattr(ProcessDisk, _name, _passed_on(_name))

@@ -28,7 +28,7 @@ from sim.machine import HOST
 from sim.planted import planted
 from sim.registers import SECTOR
 from sim.registers import Volume as Model
-from sim.world import CLUSTER, DEADLINE_S, HistoryLog, World, determined
+from sim.world import CLUSTER, DEADLINE_S, HistoryLog, ScrubWatch, World, determined
 
 LIMIT_S = 1000.0
 """Of simulated time."""
@@ -72,10 +72,11 @@ class Size:
 def run(seed: int, size: Size = Size()) -> Outcome:
     """Run a seed."""
     world = World(seed, size.nodes)
-    handler = HistoryLog(world.history)
+    handlers = (HistoryLog(world.history), ScrubWatch(world))
     root = logging.getLogger()
     level = root.level
-    root.addHandler(handler)
+    for handler in handlers:
+        root.addHandler(handler)
     root.setLevel(logging.INFO)
     began = time.perf_counter()
     outcome = Outcome(seed, 0, 0, 0.0, 0.0, "", world.history.lines)
@@ -106,7 +107,8 @@ def run(seed: int, size: Size = Size()) -> Outcome:
         for number, (timer, _) in _LIMITS.items():
             signal.setitimer(timer, 0)
             signal.signal(number, former[number])
-        root.removeHandler(handler)
+        for handler in handlers:
+            root.removeHandler(handler)
         root.setLevel(level)
     outcome.took_s = time.perf_counter() - began
     return outcome

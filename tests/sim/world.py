@@ -23,12 +23,14 @@ from sheepfs import convergence, flusher, holding, vdimap, volume
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import CorruptError, RecoveringError, SheepError
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT
-from sheepfs.core.metadata import Keys, RecoveryRecord
+from sheepfs.core.kv import Put, Transaction
+from sheepfs.core.metadata import Keys, RecoveryRecord, ScrubRecord
 from sheepfs.net import link, router
 from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, Threads
 from sim.network import SimHost, SimNetwork
-from storaged import daemon, leader, membership, recovery, removal
+from storaged import agreement, daemon, leader, membership, recovery, removal, selfcheck
 from storaged.daemon import Daemon, Machine, Options
+from storaged.logic.scrub import DAY_S
 from storaged.store import dirtylog, files, flush
 from storaged.store.disk import Disk
 from storaged.store.format import block_sum
@@ -83,6 +85,22 @@ class HistoryLog(logging.Handler):
         host = HOST.get()
         name = host.name if host else "-"
         self._history.say(name, f"  {record.levelname} {record.name}: {record.getMessage()}")
+
+
+class ScrubWatch(logging.Handler):
+    """Fails the seed when scrubbing finds damage that is none, or does not repair what is."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(logging.WARNING)
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name not in (selfcheck.__name__, agreement.__name__):
+            return
+        host, spoiled = HOST.get(), self._world.spoiled
+        is_known = spoiled is not None and host is not None and host.name == spoiled.name
+        if record.levelno >= logging.ERROR or not is_known:
+            self._world.fail(AssertionError(f"scrubbing says: {record.getMessage()}"))
 
 
 class SimNode:
@@ -191,6 +209,10 @@ class World:
         self.out_after_s = rng.choice((5.0, 60.0, 600.0))
         self.parallel = rng.choice((1, 4))
         self.knobs = {knob: rng.choice(values) for knob, values in KNOBS.items()}
+        scrub_rng = random.Random(f"scrub {seed}")
+        self.scrub_every_s = scrub_rng.choice((0.0, 2.0, 10.0))
+        """How often scrubbing looks at everything; 0: by its default, so never."""
+        self.knobs[agreement, "SECOND_LOOK_S"] = scrub_rng.choice((0.5, 10.0))
         self.gone: set[int] = set()
         """Ids of nodes that never come back."""
         self.spoiled: SimNode | None = None
@@ -225,6 +247,11 @@ class World:
             self.nursery = nursery
             knobs = {name: value for (_, name), value in self.knobs.items()}
             self.history.say("-", f"{knobs}, out after {self.out_after_s:g} s")
+            if self.scrub_every_s:
+                days = self.scrub_every_s / DAY_S
+                record = ScrubRecord(deep_days=days, light_days=days)
+                put = Put(self.keys.setting("scrub"), record.encode())
+                self.etcd.commit(Transaction([], [put]))
             nursery.start_soon(self.network.run)
             self.nodes = [SimNode(self, i + 1) for i in range(self._node_count)]
             for node in self.nodes:

@@ -37,7 +37,7 @@ class Stuck(Recovery):
         return False
 
     async def _try_to_pull(
-        self, oid: int, pool: int, pg: int, source: int | None
+        self, oid: int, pool: int, pg: int, source: int | None, exact: bool
     ) -> SheepError | None:
         self.rounds += 1
         await trio.lowlevel.checkpoint()

@@ -11,6 +11,7 @@ import trio
 
 from fakes.etcd import FakeEtcd, FakeServer
 from fakes.snapshot_taker import KEYS, put, take_snapshot
+from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
 from sheepfs.core.metadata import ClusterConfig, LockRecord
 from sheepfs.net.catalog import Catalog
 from sheepfs_tools import sheepctl_session
@@ -285,3 +286,47 @@ def test_limits_of_recovery_in_etcd_that_no_daemon_could_go_by_are_an_error(
 ) -> None:
     sheepctl.put(KEYS.setting("recovery"), b'{"format": 2, "parallel": 1000}')
     assert "parallel" in sheepctl.bad(1, "cluster recovery")
+
+
+def put_node(sheepctl: Bench) -> None:
+    """Have one node in the map, at which nobody listens."""
+    node = Node(1, NodeState.ACTIVE, "127.0.0.1:1", 5, "z", 1.0)
+    group = PlacementGroup(1, (1,))
+    sheepctl.put(KEYS.map, ClusterMap(1, "ab" * 16, {1: node}, {3: (group,)}).encoded)
+
+
+def test_scrub_settings_are_changed_one_by_one_and_shown(sheepctl: Bench) -> None:
+    default = {"enabled": True, "rate": 20 << 20, "deep_days": 14.0, "light_days": 1.0}
+    assert sheepctl.good("scrub set --json").json == default
+    assert KEYS.setting("scrub") not in sheepctl.server.keys
+    sheepctl.good("scrub set --rate 50M")
+    changed = sheepctl.good("scrub set --deep-days 7 --light-days 0.5 --json").json
+    assert changed == {"enabled": True, "rate": 50 << 20, "deep_days": 7.0, "light_days": 0.5}
+    assert "is paused" in sheepctl.good("scrub pause").out
+    assert sheepctl.good("scrub set --json").json == {**changed, "enabled": False}
+    assert "goes on" in sheepctl.good("scrub resume").out
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--rate fast", "--rate 1K", "--deep-days 0", "--deep-days nan", "--light-days daily"]
+)
+def test_senseless_scrub_settings_are_refused(sheepctl: Bench, wrong: str) -> None:
+    assert wrong.split()[0] in sheepctl.bad(2, f"scrub set {wrong}")
+    assert KEYS.setting("scrub") not in sheepctl.server.keys
+
+
+def test_scrubbing_that_is_paused_or_of_no_node_is_not_started(sheepctl: Bench) -> None:
+    put_node(sheepctl)
+    assert "there is no node 9" in sheepctl.bad(2, "scrub start --node 9")
+    sheepctl.good("scrub pause")
+    assert "sheepctl scrub resume" in sheepctl.bad(1, "scrub start")
+
+
+def test_a_node_that_cannot_be_told_to_scrub_is_named(sheepctl: Bench) -> None:
+    put_node(sheepctl)
+    done = sheepctl("scrub start --deep --json")
+    assert (done.code, done.json["started"], done.json["nodes"]) == (1, ["deep"], [])
+    assert "127.0.0.1:1" in done.json["failed"]["1"]
+    (row,) = sheepctl.good("scrub status --json").json["nodes"]
+    assert "127.0.0.1:1" in row["problem"]
+    assert "127.0.0.1:1" in sheepctl.good("scrub status").out

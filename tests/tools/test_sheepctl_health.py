@@ -89,3 +89,11 @@ def test_what_was_corrupt_and_is_repaired_is_no_reason() -> None:
     repaired = answer(corrupt_blocks=2, repaired_blocks=2)
     health = assess(cluster(*THREE), {1: repaired, 2: answer(), 3: answer()})
     assert (health.verdict, health.repaired_blocks) == ("ok", 2)
+
+
+def test_what_scrubbing_could_not_repair_is_a_reason() -> None:
+    scrubbed = answer(scrub={"unrepairable": 2})
+    health = assess(cluster(*THREE), {1: scrubbed, 2: answer(), 3: scrubbed})
+    assert health.verdict == "degraded"
+    assert health.reasons[0].startswith("4 ")
+    assert "sheepctl scrub status" in health.reasons[0]

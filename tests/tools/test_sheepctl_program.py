@@ -19,7 +19,7 @@ from sheepfs_tools import sheepctl_parser
 from sheepfs_tools.sheepctl_completion import completion, levels
 from sheepfs_tools.sheepctl_parser import build_parser
 
-AREAS = ("cluster", "node", "vdi", "snapshot", "trash", "metadata")
+AREAS = ("cluster", "node", "scrub", "vdi", "snapshot", "trash", "metadata")
 NOWHERE = ("--etcd", "127.0.0.1:1")
 
 
