@@ -9,6 +9,7 @@ import trio
 
 from sheepfs import holder_requests
 from sheepfs.abandoned import level_abandoned
+from sheepfs.accounts import Reporter
 from sheepfs.cluster import START_TIMEOUT_S, Cluster
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import UnreachableError
@@ -50,6 +51,7 @@ async def join(
             nursery.start_soon(me.follow)
             if stays:
                 nursery.start_soon(me.tend, level_abandoned)
+                nursery.start_soon(Reporter(router, owner, me.accounts).run)
             yield me
             nursery.cancel_scope.cancel()
 

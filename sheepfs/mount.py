@@ -22,6 +22,8 @@ from sheepfs.core.metadata import check_cluster_name
 from sheepfs.fuse import daemon
 from sheepfs.fuse import mountpoint as mountpoints
 from sheepfs.fuse.session import serve
+from sheepfs.net.exporter import Exporter
+from sheepfs.net.transport import TCP
 from sheepfs.service import DEFAULT_CLUSTER, DEFAULT_ETCD, calm_garbage_collector, run_program
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ class Settings:
     allow_other: bool
     read_only: bool
     log_file: str | None
+    metrics: str | None
     verbose: bool
 
 
@@ -128,10 +131,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTIONS",
         action="append",
         default=[],
-        help="allow_other (other users may use it too), ro, etcd=, cluster=, log_file=; the usual "
-        "options of fstab are accepted",
+        help="allow_other (other users may use it too), ro, etcd=, cluster=, log_file=, "
+        "metrics=; the usual options of fstab are accepted",
     )
     parser.add_argument("--log-file", metavar="FILE", help="log there instead of to syslog")
+    parser.add_argument(
+        "--metrics",
+        metavar="ADDR:PORT",
+        help="serve metrics for Prometheus there, over HTTP (default: nowhere)",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     return parser
 
@@ -145,7 +153,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     options: dict[str, str] = {}
     for option in ",".join(args.options).split(","):
         name, _, value = option.partition("=")
-        if name in ("allow_other", "ro", "etcd", "cluster", "log_file"):
+        if name in ("allow_other", "ro", "etcd", "cluster", "log_file", "metrics"):
             options[name] = value
         elif name and name not in _IGNORED_OPTIONS and not name.startswith(("x-", "comment")):
             parser.error(f"unknown mount option {option!r}")
@@ -167,6 +175,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         allow_other="allow_other" in options,
         read_only="ro" in options,
         log_file=args.log_file or options.get("log_file"),
+        metrics=args.metrics or options.get("metrics"),
         verbose=args.verbose,
     )
     try:
@@ -230,6 +239,9 @@ async def _mounted(
         with starting:
             async with connect(settings.etcd, settings.cluster, owner) as namespace:
                 connected.set()
+                if settings.metrics:
+                    exporter = Exporter(namespace.metrics)
+                    nursery.start_soon(exporter.serve, await TCP.listen(settings.metrics))
                 await serve(
                     mountpoint,
                     namespace,

@@ -26,6 +26,7 @@ from sheepfs.core.geometry import (
     object_count,
 )
 from sheepfs.core.metadata import VdiRecord
+from sheepfs.core.traffic import Traffic
 from sheepfs.core.wire import Buffer
 from sheepfs.flusher import Flusher
 from sheepfs.holding import Attacher
@@ -69,6 +70,7 @@ class Volume(MapOwner):
         reader.is_unsure = lambda: self._mending is not None
         self.record = record
         self.handles = 0
+        self.traffic = Traffic()
         self.on_idle: Callable[[Volume], None] = lambda volume: None
         self._router = router
         self._attacher = attacher

@@ -7,9 +7,10 @@ A disk error ends the daemon at once and uncleanly: its peers have the data (I5)
 
 from __future__ import annotations
 
+import json
 import logging
 import socket as stdlib_socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,23 @@ from sheepfs import __version__
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import SheepError, UnreachableError
 from sheepfs.core.metadata import ClusterConfig, Keys
-from sheepfs.core.wire import Op
+from sheepfs.core.wire import Buffer, Header, Op
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
+from sheepfs.net.exporter import Exporter
 from sheepfs.net.router import Router
 from sheepfs.net.store import Store, parse_endpoints
 from sheepfs.net.transport import TCP, Network
 from storaged.control import Control
 from storaged.leader import Leader
 from storaged.membership import Announcer, MapFollower, ensure_config, register
+from storaged.metrics import node_metrics
 from storaged.ping import ping
 from storaged.reclaim import Reclaimer
 from storaged.recovery import JoinedGroup, Recovery, encode_joined
 from storaged.removal import Removal
 from storaged.replica import Replica
-from storaged.server import Server
+from storaged.server import ClientConnection, Server
 from storaged.store.disk import Disk
 from storaged.store.objects import ObjectStore
 
@@ -57,6 +60,8 @@ class Options:
     zone: str | None
     weight: float | None
     pg_count: int
+    metrics: str | None = None
+    """Where metrics are served (ADDR:PORT), if they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +146,7 @@ class Daemon:
         if weight is None:
             weight = max(0.01, objects.usage().total / GIB)
         zone = options.zone or stdlib_socket.gethostname()
+        metrics = await TCP.listen(options.metrics) if options.metrics else None
         announcer = Announcer(store, keys, node, address, zone, weight)
         async with trio.open_nursery() as nursery:
             parts = _Parts(store, keys, config, objects, announcer, network, nursery, self._fail)
@@ -152,6 +158,8 @@ class Daemon:
             nursery.start_soon(parts.follower.run)
             nursery.start_soon(parts.leader.run)
             nursery.start_soon(parts.reclaimer.run)
+            if metrics is not None:
+                nursery.start_soon(Exporter(parts.metrics).serve, metrics)
             ready(
                 f"node {node} of cluster {options.cluster} serves {options.data_dir} at {address}"
             )
@@ -212,6 +220,7 @@ class _Parts:
         handlers: dict[int, Any] = {op: self.replica.handle for op in self.replica.handlers}
         handlers[Op.RECLAIM] = self.removal.handle
         handlers[Op.USAGE] = self.removal.usage
+        handlers[Op.TRAFFIC] = self._tell_traffic
         self.server = Server(config.cluster, {**handlers, **self.control.handlers}, self._greet)
 
     def is_serving(self) -> bool:
@@ -258,6 +267,18 @@ class _Parts:
                 return
             except SheepError as error:
                 log.debug("node %d does not take the report: %s", link.node, error)
+
+    def _tell_traffic(self, client: ClientConnection, header: Header, payload: Buffer) -> None:
+        record = self._announcer.record
+        me = {"node": record.id, "incarnation": record.incarnation, "at": trio.current_time()}
+        head = json.dumps({**me, **self.server.traffic.encode()})
+        mounts = self.control.mounts.encoded()
+        client.reply(header, head[:-1].encode() + b', "mounts": ' + mounts + b"}")
+
+    def metrics(self) -> Iterator[str]:
+        """Give this daemon's metrics in pieces (storaged.metrics)."""
+        stalled = len(self.control.stalled_volumes())
+        return node_metrics(self._status(), self.server.traffic, stalled, self.replica.map)
 
     def _status(self) -> dict[str, Any]:
         usage = self._objects.usage()

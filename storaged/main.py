@@ -77,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=256,
         help="placement groups of each pool, if this daemon makes the cluster (default 256)",
     )
+    parser.add_argument(
+        "--metrics",
+        metavar="ADDR:PORT",
+        help="serve metrics for Prometheus there, over HTTP (default: nowhere)",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log every detail")
     return parser
 
@@ -130,7 +135,7 @@ def main() -> None:
             raise UsageError(f"--weight {args.weight}: use 0 or more")
         options = Options(
             args.data_dir, args.etcd, args.cluster, args.listen, args.advertise, args.zone,
-            args.weight, args.pgs,
+            args.weight, args.pgs, args.metrics,
         )  # fmt: skip
         trio.run(_main, Daemon(options))
     except UsageError as error:

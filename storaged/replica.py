@@ -76,17 +76,19 @@ class Replica(Comparing):
             raise
         if data is None:
             client.hold(header.span)
-            self._nursery.start_soon(self._cold_read, client, header)
+            self._nursery.start_soon(self._cold_read, client, header, client.received_ns)
         else:
             client.reply(header, as_buffer(data))
 
-    async def _cold_read(self, client: Client, header: Header) -> None:
+    async def _cold_read(self, client: Client, header: Header, received_ns: int) -> None:
         def read() -> Buffer:
             data = self.store.read(header.oid, header.offset, header.span, wait=True)
             return as_buffer(b"" if data is None else data)
 
         try:
-            client.reply(header, await trio.to_thread.run_sync(read))
+            data = await trio.to_thread.run_sync(read)
+            client.received_ns = received_ns
+            client.reply(header, data)
         except SheepError as error:
             if isinstance(error, CorruptError):
                 self._corrupt(header.oid, header, error)

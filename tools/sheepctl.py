@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sheepfs.service import run_program
-from sheepfs_tools.sheepctl_commandline import module_of
+from sheepfs_tools.sheepctl_commandline import function_of, module_of
 from sheepfs_tools.sheepctl_parser import build_parser
 
 
@@ -31,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.CRITICAL)
     module = importlib.import_module(f"sheepfs_tools.{module_of(arguments)}")
-    command = getattr(module, f"{arguments.area}_{arguments.verb}")
+    command = getattr(module, function_of(arguments))
     try:
         return int(trio.run(command, arguments))
     except BaseException as raised:

@@ -10,6 +10,20 @@ VDI, SNAPSHOT, ANY, TRASH = "vdi", "snapshot", "any", "trash"
 """What an argument names: completion offers those."""
 
 
+MIN_INTERVAL_S = 0.5
+
+
+def interval_of(text: str) -> float:
+    """Parse seconds as they are typed (argparse shows what is wrong)."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+    if not MIN_INTERVAL_S <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} s: use {MIN_INTERVAL_S:g} to 86400 seconds")
+    return seconds
+
+
 def completes(action: argparse.Action) -> str:
     """Give what an argument names (VDI, SNAPSHOT, ANY, TRASH); empty: nothing that exists."""
     return str(getattr(action, "sheepctl_completes", ""))
@@ -18,6 +32,12 @@ def completes(action: argparse.Action) -> str:
 def module_of(arguments: argparse.Namespace) -> str:
     """Give the module in which the function of a parsed command is."""
     return str(arguments.module)
+
+
+def function_of(arguments: argparse.Namespace) -> str:
+    """Give the name of that function."""
+    words = (arguments.area, getattr(arguments, "verb", ""))
+    return "_".join(word for word in words if word)
 
 
 def common_options(defaults: bool) -> argparse.ArgumentParser:
@@ -73,6 +93,25 @@ class Verb:
         self._parser.add_argument(name, metavar=metavar, default=default, help=help)
         return self
 
+    def seconds(self, name: str, help: str, default: float) -> Verb:
+        """Add an option with a time."""
+        self._parser.add_argument(
+            name, metavar="SECONDS", type=interval_of, default=default, help=help
+        )
+        return self
+
+    def watch(self) -> Verb:
+        """Add the option that shows it again and again."""
+        self._parser.add_argument(
+            "--watch",
+            metavar="SECONDS",
+            type=interval_of,
+            nargs="?",
+            const=2.0,
+            help="show it again and again until Ctrl-C (every 2 s); with --json one line each",
+        )
+        return self
+
     def number(self, name: str, metavar: str, help: str, default: int | None = None) -> Verb:
         """Add an option, or an argument, with a number."""
         if name.startswith("-"):
@@ -113,19 +152,31 @@ class Area:
             examples: command lines, the word `sheepctl` left out.
             module: where its function is, if not in the area's module.
         """
-        parser: argparse.ArgumentParser = self._verbs.add_parser(
-            name,
-            help=summary,
-            description=sentence(summary) + ("\n" + more.strip("\n") if more else ""),
-            epilog="examples:\n" + "\n".join(f"  sheepctl {line}" for line in examples)
-            if examples
-            else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=[common_options(False)],
-        )
-        parser.add_argument("--json", action="store_true", help="print JSON")
-        parser.set_defaults(module=module or self._module)
-        return Verb(parser)
+        return add_command(self._verbs, name, summary, more, examples, module or self._module)
+
+
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    more: str,
+    examples: Sequence[str],
+    module: str,
+) -> Verb:
+    """Add a command; for what the arguments mean see `Area.verb`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=sentence(summary) + ("\n" + more.strip("\n") if more else ""),
+        epilog="examples:\n" + "\n".join(f"  sheepctl {line}" for line in examples)
+        if examples
+        else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common_options(False)],
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(module=module)
+    return Verb(parser)
 
 
 def sentence(summary: str) -> str:

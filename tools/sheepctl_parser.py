@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sheepfs_tools.sheepctl_commandline import SNAPSHOT, TRASH, VDI, Area, common_options
+from sheepfs_tools.sheepctl_parser_look import add_object, add_top
 from sheepfs_tools.sheepctl_parser_vdi import add_vdi
 
 DESCRIPTION = "Administer a sheepfs cluster: disks, snapshots, the trash, the cluster itself."
@@ -12,6 +13,7 @@ DESCRIPTION = "Administer a sheepfs cluster: disks, snapshots, the trash, the cl
 EPILOG = """\
 examples:
   sheepctl cluster status                  is all well?
+  sheepctl top                             who does how much, and how fast it goes
   sheepctl vdi create vm1 20G              a virtual disk; the mount shows it as vm1.raw
   sheepctl vdi create scratch 1T --copies 1
   sheepctl vdi resize vm1 40G
@@ -45,7 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
     areas = parser.add_subparsers(dest="area", metavar="COMMAND", required=True)
     _add_cluster(Area(areas, "cluster", "the cluster as a whole", "sheepctl_cluster"))
     _add_node(Area(areas, "node", "storage daemons", "sheepctl_cluster"))
+    add_top(areas)
     add_vdi(Area(areas, "vdi", "virtual disk images", "sheepctl_vdi"))
+    add_object(Area(areas, "object", "pieces of 4 MiB that VDIs are made of", "sheepctl_locate"))
     _add_snapshot(Area(areas, "snapshot", "snapshots of VDIs", "sheepctl_snapshot"))
     _add_trash(Area(areas, "trash", "what is deleted and can be restored", "sheepctl_trash"))
     completion = areas.add_parser(
@@ -78,8 +82,8 @@ def _add_cluster(area: Area) -> None:
         "status",
         "health, nodes, placement groups, counters",
         "Exits with 1 when a placement group has no member that serves: writes wait there.",
-        ["cluster status", "cluster status --json"],
-    )
+        ["cluster status", "cluster status --json", "cluster status --watch 5"],
+    ).watch()
     area.verb(
         "check",
         "do maps and objects agree?",
@@ -91,7 +95,7 @@ def _add_cluster(area: Area) -> None:
 
 
 def _add_node(area: Area) -> None:
-    area.verb("list", "all nodes", examples=["node list"])
+    area.verb("list", "all nodes", examples=["node list", "node list --watch"]).watch()
 
 
 def _add_snapshot(area: Area) -> None:

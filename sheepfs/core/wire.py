@@ -81,6 +81,7 @@ class Op(IntEnum):
     SUMS = 20
     LAYOUT = 21
     USAGE = 22
+    TRAFFIC = 25
 
 
 class Header(NamedTuple):

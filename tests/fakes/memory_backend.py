@@ -14,11 +14,12 @@ import dataclasses
 import errno
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
 
+from sheepfs.accounts import Account
 from sheepfs.backend import Attributes, Capacity, Done, OnChange, OpenVolume, ReadDone
 from sheepfs.core.errors import (
     HeldElsewhereError,
@@ -36,6 +37,8 @@ from sheepfs.core.metadata import (
     snapshot_file,
     split_name,
 )
+from sheepfs.core.traffic import Traffic
+from sheepfs.mount_metrics import vdi_metrics
 
 BLOCK = 4096
 COPY_AT_ONCE = 2 * OBJECT_SIZE
@@ -147,6 +150,7 @@ class MemoryVolume:
         self._journal = namespace.cluster.journal
         self.vdi = vdi
         self.handles = 0
+        self.traffic = Traffic()
         self._dirty = False
 
     @property
@@ -504,6 +508,9 @@ class MemoryNamespace:
     async def capacity(self) -> Capacity:
         await self.round_trip()
         return self.cluster.capacity
+
+    def metrics(self) -> Iterator[str]:
+        return vdi_metrics(Account(i, v.name, v.traffic, False) for i, v in self.volumes.items())
 
 
 @asynccontextmanager
