@@ -22,6 +22,7 @@ from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import SheepError, UnreachableError
 from sheepfs.core.metadata import ClusterConfig, Keys
 from sheepfs.core.wire import Buffer, Header, Op
+from sheepfs.logs import fields, watch_slow
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
 from sheepfs.net.exporter import Exporter
@@ -158,6 +159,7 @@ class Daemon:
             nursery.start_soon(parts.follower.run)
             nursery.start_soon(parts.leader.run)
             nursery.start_soon(parts.reclaimer.run)
+            nursery.start_soon(watch_slow, lambda: [(f"node {node}", parts.server.traffic)])
             if metrics is not None:
                 nursery.start_soon(Exporter(parts.metrics).serve, metrics)
             ready(
@@ -178,7 +180,10 @@ class Daemon:
 
     def _fail(self, error: SheepError) -> None:
         if self._disk_error is None:
-            log.critical("the disk failed, leaving the cluster for good: %s", error)
+            log.critical(
+                "the disk failed, leaving the cluster for good: %s", error,
+                extra=fields(event="disk-failed", directory=self._options.data_dir),
+            )  # fmt: skip
             self._disk_error = error
             self._stop.set()
 

@@ -24,6 +24,7 @@ from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
 from sheepfs.core.kv import KeyValue, Put, Transaction, Unchanged
 from sheepfs.core.metadata import AliveRecord, ClusterConfig, Keys, LeaderRecord
+from sheepfs.logs import fields
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, Store
 from storaged.logic.leader import OUT_AFTER_S, Joined, as_in_map, decide
 from storaged.logic.reachability import Outcome, Reachability, Run
@@ -310,7 +311,7 @@ class Leader:
             if await self._store.commit(Transaction(conditions, [put])) is None:
                 self._wake.set()  # Look again: who leads, and what is the map?
                 return
-            _log_changes(seen.map, following)
+            log_changes(seen.map, following)
             self._publish(following)
         for report in taken:
             self._joined.pop(report, None)
@@ -379,12 +380,35 @@ class Leader:
 _POOLS = frozenset("12345")
 
 
-def _log_changes(before: ClusterMap, after: ClusterMap) -> None:
-    changes = [
-        f"node {node.id} at {node.address} is {node.state.value}"
-        for node in after.nodes.values()
-        if node.id not in before.nodes
-        or (node.state, node.incarnation)
-        != (before.nodes[node.id].state, before.nodes[node.id].incarnation)
-    ]
-    log.info("epoch %d%s", after.epoch, ": " * bool(changes) + ", ".join(changes))
+def log_changes(before: ClusterMap, after: ClusterMap) -> None:
+    """Log a new epoch: a line for each node that changed, one for the groups if they did."""
+    epoch = after.epoch
+    for node in after.nodes.values():
+        known = before.nodes.get(node.id)
+        if known is None or (known.state, known.incarnation) != (node.state, node.incarnation):
+            log.info(
+                "epoch %d: node %d at %s is %s", epoch, node.id, node.address, node.state.value,
+                extra=fields(event="node", epoch=epoch, node=node.id, state=node.state.value),
+            )  # fmt: skip
+    for copies in after.pools:
+        counts = _count_groups(after, copies)
+        if copies not in before.pools or counts != _count_groups(before, copies):
+            log.info(
+                "epoch %d: groups of %d copies", epoch, copies,
+                extra=fields(event="groups", epoch=epoch, copies=copies, **counts),
+            )  # fmt: skip
+
+
+def _count_groups(cluster_map: ClusterMap, copies: int) -> dict[str, int]:
+    """Count groups that take no writes, that have fewer good copies than asked for, and so on."""
+    down = {n.id for n in cluster_map.nodes.values() if n.state is NodeState.DOWN}
+    groups = cluster_map.pools[copies]
+    good = [sum(node not in down for node in group.sync) for group in groups]
+    stopped = sum(count < cluster_map.needed(copies) for count in good)
+    whole = sum(count >= copies for count in good)
+    return {
+        "whole": whole,
+        "degraded": len(groups) - whole - stopped,
+        "stopped": stopped,
+        "joining": sum(bool(group.joining) for group in groups),
+    }

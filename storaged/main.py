@@ -14,13 +14,13 @@ import trio
 
 from sheepfs.core.errors import SheepError, UsageError
 from sheepfs.core.metadata import check_cluster_name
+from sheepfs.logs import add_log_options, log_to_stderr
 from sheepfs.net.groups import plain_errors
 from sheepfs.service import (
     add_cluster_options,
     calm_garbage_collector,
     notify,
     run_program,
-    setup_logging,
 )
 from storaged.daemon import Daemon, Options
 
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ADDR:PORT",
         help="serve metrics for Prometheus there, over HTTP (default: nowhere)",
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log every detail")
+    add_log_options(parser)
     return parser
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     Exit codes: 0 stopped cleanly, 1 it failed (the reason is on stderr), 2 bad usage.
     """
     args = build_parser().parse_args()
-    setup_logging(args.verbose)
+    log_to_stderr(args.log_format, args.log_level)
     _raise_open_files()
     try:
         check_cluster_name(args.cluster)

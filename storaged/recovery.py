@@ -31,6 +31,7 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import describe_oid
 from sheepfs.core.wire import Op
+from sheepfs.logs import fields
 from sheepfs.net.link import Link
 from storaged.comparing import decode_layout
 from storaged.logic.catchup import Listed, plan, waves
@@ -87,6 +88,8 @@ class Recovery:
         self._to_keep: dict[int, int] = {}
         """Fences learned and not durable yet."""
         self.groups_left = 0
+        self._began = (0.0, 0, 0)
+        """When catching up began, and what had been pulled by then: objects, bytes."""
 
     def map_changed(self) -> None:
         """A new map is there: perhaps there is something to join."""
@@ -118,7 +121,7 @@ class Recovery:
     async def _round(self) -> bool:
         """Catch up with all groups to join; tells whether nothing is left to do."""
         joining = self._joining()
-        self.groups_left = len(joining)
+        self._note(len(joining))
         if not joining:
             return True
         await self._learn_fences(joining)
@@ -147,6 +150,25 @@ class Recovery:
             await self._tell_joined(done)
         # Not finished until the leader's next map says so.
         return False
+
+    def _note(self, groups: int) -> None:
+        """Say when catching up begins, and what it took when it ends."""
+        counters = self._replica.counters
+        if groups and not self.groups_left:
+            self._began = (trio.current_time(), counters.pulled_objects, counters.pulled_bytes)
+            log.info("catching up begins", extra=fields(event="recovery-begun", groups=groups))
+        elif self.groups_left and not groups:
+            since, objects, size = self._began
+            log.info(
+                "catching up has ended",
+                extra=fields(
+                    event="recovery-ended",
+                    seconds=round(trio.current_time() - since, 1),
+                    objects=counters.pulled_objects - objects,
+                    bytes=counters.pulled_bytes - size,
+                ),
+            )
+        self.groups_left = groups
 
     async def _learn_fences(self, joining: list[tuple[int, int, PlacementGroup]]) -> None:
         """Before any change: a holder fenced while this node was away may still be writing (I6).
@@ -220,7 +242,7 @@ class Recovery:
             try:
                 await self.pull(oid, copies, number)
             except SheepError as error:
-                log.info("%s: cannot be pulled yet: %s", describe_oid(oid), error)
+                log.debug("%s: cannot be pulled yet: %s", describe_oid(oid), error)
             finally:
                 self._replica.release(oid)
         finally:

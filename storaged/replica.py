@@ -22,6 +22,7 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import OBJECT_SIZE, describe_oid, is_map_object
 from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, Buffer, Header, Op
+from sheepfs.logs import fields
 from storaged.comparing import Comparing
 from storaged.copies import copy_map
 from storaged.logic.gate import Refusal, Role, check_token, check_write_token
@@ -212,6 +213,10 @@ class Replica(Comparing):
     async def _fence_durably(self, client: Client, header: Header) -> None:
         try:
             await trio.to_thread.run_sync(self.store.set_token, header.vdi, header.token)
+            log.info(
+                "VDI %d has a new holder: older ones are refused", header.vdi,
+                extra=fields(event="fence", vdi=header.vdi, token=header.token),
+            )  # fmt: skip
             client.reply(header)
         except SheepError as error:
             self.fail(client, header, error)

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 VDI, SNAPSHOT, ANY, TRASH = "vdi", "snapshot", "any", "trash"
 """What an argument names: completion offers those."""
 
 
-MIN_INTERVAL_S = 0.5
+def interval_of(minimum_s: float) -> Callable[[str], float]:
+    """Give what parses seconds as they are typed; argparse shows what is wrong with them."""
 
+    def parse(text: str) -> float:
+        try:
+            seconds = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+        if not minimum_s <= seconds <= 86400:
+            raise argparse.ArgumentTypeError(f"{text} s: use {minimum_s:g} to 86400 seconds")
+        return seconds
 
-def interval_of(text: str) -> float:
-    """Parse seconds as they are typed (argparse shows what is wrong)."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
-    if not MIN_INTERVAL_S <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"{text} s: use {MIN_INTERVAL_S:g} to 86400 seconds")
-    return seconds
+    return parse
 
 
 def completes(action: argparse.Action) -> str:
@@ -32,12 +33,6 @@ def completes(action: argparse.Action) -> str:
 def module_of(arguments: argparse.Namespace) -> str:
     """Give the module in which the function of a parsed command is."""
     return str(arguments.module)
-
-
-def function_of(arguments: argparse.Namespace) -> str:
-    """Give the name of that function."""
-    words = (arguments.area, getattr(arguments, "verb", ""))
-    return "_".join(word for word in words if word)
 
 
 def common_options(defaults: bool) -> argparse.ArgumentParser:
@@ -62,6 +57,12 @@ def common_options(defaults: bool) -> argparse.ArgumentParser:
     return parser
 
 
+def function_of(arguments: argparse.Namespace) -> str:
+    """Give the name of that function: `vdi_create`, or `inspect` of a command without verbs."""
+    verb = getattr(arguments, "verb", "")
+    return f"{arguments.area}_{verb}" if verb else str(arguments.area)
+
+
 class Verb:
     """One command, and its arguments."""
 
@@ -83,20 +84,10 @@ class Verb:
         self._parser.add_argument(dest, nargs=nargs, metavar=metavar or None, help=help)
         return self
 
-    def flag(self, name: str, help: str) -> Verb:
-        """Add an option that is there or not."""
-        self._parser.add_argument(name, action="store_true", help=help)
-        return self
-
-    def option(self, name: str, metavar: str, help: str, default: str | None = None) -> Verb:
-        """Add an option with a text."""
-        self._parser.add_argument(name, metavar=metavar, default=default, help=help)
-        return self
-
-    def seconds(self, name: str, help: str, default: float) -> Verb:
+    def seconds(self, name: str, help: str, default: float, minimum: float) -> Verb:
         """Add an option with a time."""
         self._parser.add_argument(
-            name, metavar="SECONDS", type=interval_of, default=default, help=help
+            name, metavar="SECONDS", type=interval_of(minimum), default=default, help=help
         )
         return self
 
@@ -105,11 +96,21 @@ class Verb:
         self._parser.add_argument(
             "--watch",
             metavar="SECONDS",
-            type=interval_of,
+            type=interval_of(0.5),
             nargs="?",
             const=2.0,
             help="show it again and again until Ctrl-C (every 2 s); with --json one line each",
         )
+        return self
+
+    def flag(self, name: str, help: str) -> Verb:
+        """Add an option that is there or not."""
+        self._parser.add_argument(name, action="store_true", help=help)
+        return self
+
+    def option(self, name: str, metavar: str, help: str, default: str | None = None) -> Verb:
+        """Add an option with a text."""
+        self._parser.add_argument(name, metavar=metavar, default=default, help=help)
         return self
 
     def number(self, name: str, metavar: str, help: str, default: int | None = None) -> Verb:
@@ -152,19 +153,23 @@ class Area:
             examples: command lines, the word `sheepctl` left out.
             module: where its function is, if not in the area's module.
         """
-        return add_command(self._verbs, name, summary, more, examples, module or self._module)
+        return command(
+            self._verbs, name, summary, more, examples, module or self._module,
+            parents=[common_options(False)],
+        )  # fmt: skip
 
 
-def add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+def command(
+    group: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
     summary: str,
     more: str,
     examples: Sequence[str],
     module: str,
+    parents: Sequence[argparse.ArgumentParser] = (),
 ) -> Verb:
-    """Add a command; for what the arguments mean see `Area.verb`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    """Add a command to an area, or beside the areas; the arguments are those of `Area.verb`."""
+    parser: argparse.ArgumentParser = group.add_parser(
         name,
         help=summary,
         description=sentence(summary) + ("\n" + more.strip("\n") if more else ""),
@@ -172,7 +177,7 @@ def add_command(
         if examples
         else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[common_options(False)],
+        parents=list(parents),
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(module=module)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 
-from sheepfs_tools.sheepctl_commandline import ANY, Area, add_command
+from sheepfs_tools.sheepctl_commandline import ANY, Area, command, common_options
 
 
 def add_top(areas: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `sheepctl top`."""
-    top = add_command(
+    top = command(
         areas,
         "top",
         "requests, MB/s and latency of each node and VDI, as they are now",
-        "Of a node: what its daemon did, with copies and catching up. Of a VDI: what programs did\n"
-        "through all mounts, with latency as they saw it. Mounts tell every second. What sheepctl\n"
-        "and sheep-cp read and write themselves shows only in the nodes' figures.\n"
+        "Of a node: what its daemon did; a write to three copies counts on three nodes. Of a VDI:\n"
+        "what programs did through all mounts, with latency as the mounts saw it. What sheepctl\n"
+        "itself reads and writes (export, backup) shows only in the nodes' figures.\n"
         "Shows it again and again until Ctrl-C; not on a terminal, one after another.",
         ["top", "top --interval 10", "top --once --json"],
         "sheepctl_top",
+        parents=[common_options(False)],
     )
-    top.seconds("--interval", "time between two looks (default 2)", default=2.0)
+    top.seconds("--interval", "time between two looks (default 2)", default=2.0, minimum=2.0)
     top.flag("--once", "one look, then end")
 
 
