@@ -250,7 +250,9 @@ async def _mounted(
                 connected.set()
                 if settings.metrics:
                     exporter = Exporter(namespace.metrics)
-                    nursery.start_soon(exporter.serve, await TCP.listen(settings.metrics))
+                    listener = await TCP.listen(settings.metrics)
+                    log.info("metrics are served at port %d", listener.port)
+                    nursery.start_soon(exporter.serve, listener)
                 await serve(
                     mountpoint,
                     namespace,

@@ -161,6 +161,7 @@ class Daemon:
             nursery.start_soon(parts.reclaimer.run)
             nursery.start_soon(watch_slow, lambda: [(f"node {node}", parts.server.traffic)])
             if metrics is not None:
+                log.info("metrics are served at port %d", metrics.port)
                 nursery.start_soon(Exporter(parts.metrics).serve, metrics)
             ready(
                 f"node {node} of cluster {options.cluster} serves {options.data_dir} at {address}"

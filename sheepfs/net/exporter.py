@@ -59,6 +59,11 @@ class Exporter:
         self._turn = trio.Lock()
         self._open: dict[trio.CancelScope, None] = {}
 
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._open)
+
     async def serve(self, listener: Listener) -> None:
         """Accept connections until cancelled."""
         await listener.serve(self._serve_one)

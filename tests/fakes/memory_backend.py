@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from sheepfs.accounts import Account
+from sheepfs.accounts import Account, Accounts
 from sheepfs.backend import Attributes, Capacity, Done, OnChange, OpenVolume, ReadDone
 from sheepfs.core.errors import (
     HeldElsewhereError,
@@ -305,6 +305,7 @@ class MemoryNamespace:
     def __init__(self, cluster: MemoryCluster, *, asynchronous: bool) -> None:
         self.cluster = cluster
         self.volumes: dict[int, MemoryVolume] = {}
+        self.accounts = Accounts()
         self.on_change: list[OnChange] = []
         self._asynchronous = asynchronous
         self._completions: deque[Callable[[], None]] = deque()
@@ -502,6 +503,7 @@ class MemoryNamespace:
         volume = self.volumes.get(vdi)
         if volume is None:
             volume = self.volumes[vdi] = MemoryVolume(self, self._by_id(vdi))
+            volume.traffic = self.accounts.open(vdi, volume.name, self.volumes)
         volume.handles += 1
         return volume
 
@@ -510,7 +512,7 @@ class MemoryNamespace:
         return self.cluster.capacity
 
     def metrics(self) -> Iterator[str]:
-        return vdi_metrics(Account(i, v.name, v.traffic, False) for i, v in self.volumes.items())
+        return vdi_metrics(Account(*row, stalled=False) for row in self.accounts.rows())
 
 
 @asynccontextmanager
