@@ -163,7 +163,7 @@ async def watch_slow(rows: Callable[[], Iterable[tuple[str, Traffic]]]) -> None:
                 if count > 0:
                     log.warning(
                         "slow: %d %s requests of %s took longer than 1 s", count, kind, name,
-                        extra=fields(name=name, operation=kind, count=count),
+                        extra=fields(event="slow", name=name, operation=kind, count=count),
                     )  # fmt: skip
         before = now
         await trio.sleep(SLOW_EVERY_S)
