@@ -68,9 +68,8 @@ async def test_each_second_one_daemon_hears_of_what_has_changed(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(Reporter(cast(Router, router), "host:1:/mnt", rows).run)
-        await seconds(2)
+        await trio.sleep(REPORT_S * 2.5)  # From here on always between two reports.
         one = router.links[4] = _Node()
-        await trio.sleep(REPORT_S / 2)
         await seconds(1)
         assert one.told() == [[0, 1, 2]], "a daemon that knows nothing hears all"
         accounts[1].traffic.write.add(5, 4096)
