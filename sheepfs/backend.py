@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from sheepfs.core.traffic import Traffic
 from sheepfs.core.wire import Buffer
 
 OnChange = Callable[[int], None]
@@ -63,6 +64,9 @@ class OpenVolume(Protocol):
     The `done` callbacks may be called before the method returns; they never raise. Reads and
     writes beyond the end: reads are cut at `size`; writes grow the file.
     """
+
+    traffic: Traffic
+    """What was done through this mount; whoever serves requests counts them."""
 
     @property
     def read_only(self) -> bool:
@@ -248,4 +252,8 @@ class Namespace(Protocol):
 
     async def capacity(self) -> Capacity:
         """For `df`."""
+        ...
+
+    def metrics(self) -> Iterable[str]:
+        """Give the mount's metrics in pieces (sheepfs.core.exposition); it takes no time."""
         ...

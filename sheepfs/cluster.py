@@ -9,11 +9,12 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
 
+from sheepfs.accounts import Account, Accounts
 from sheepfs.backend import Attributes, Capacity, OnChange, OpenVolume
 from sheepfs.core.errors import (
     HeldElsewhereError,
@@ -36,6 +37,7 @@ from sheepfs.frozen import FrozenVolume, snapshot_attributes
 from sheepfs.holder_requests import GIVE_WAY, Progress, ask, delete_vdi, ignore_progress
 from sheepfs.holding import Holding
 from sheepfs.listing import Listing, Named
+from sheepfs.mount_metrics import mount_metrics
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.link import next_request
 from sheepfs.net.router import Router
@@ -68,6 +70,7 @@ class Cluster:
         self.keys = keys
         self._nursery = nursery
         self._volumes: dict[int, Volume | FrozenVolume] = {}
+        self._accounts = Accounts()
         self._tending = trio.CancelScope()
         self._tended = trio.Event()
         self._tended.set()
@@ -235,6 +238,11 @@ class Cluster:
         return Named(name, record, name)
 
     def _make(self, item: Named) -> Volume | FrozenVolume:
+        volume = self._make_volume(item)
+        volume.traffic = self._accounts.open(item.record.id, item.name, self._volumes)
+        return volume
+
+    def _make_volume(self, item: Named) -> Volume | FrozenVolume:
         if isinstance(item.record, SnapshotRecord):
             frozen = FrozenVolume(item.name, item.record, self.router, self._nursery)
             frozen.on_idle = self._forget_volume
@@ -255,6 +263,7 @@ class Cluster:
 
     def _forget_volume(self, volume: Volume | FrozenVolume) -> None:
         self._volumes.pop(volume.record.id, None)
+        self._accounts.renamed(volume.record.id, volume.name)
         self._listing.forget()
 
     async def _wait_pool(self, copies: int) -> None:
@@ -473,6 +482,19 @@ class Cluster:
                 nursery.start_soon(ask, node)
         copies = max(1, min(DEFAULT_COPIES, len(self.router.map.nodes)))
         return Capacity(total // copies, free // copies)
+
+    def accounts(self) -> Iterator[Account]:
+        """What was done with each VDI and snapshot through this mount."""
+        for item, name, traffic in self._accounts.rows():
+            volume = self._volumes.get(item)
+            stalled = isinstance(volume, Volume) and bool(volume.stalled)
+            yield Account(item, volume.name if volume else name, traffic, stalled)
+
+    def metrics(self) -> Iterator[str]:
+        """Give the mount's metrics in pieces."""
+        held = sum(volume.attachment is not None for volume in self._open_vdis())
+        router = self.router
+        return mount_metrics(self.accounts(), router.map.epoch, len(router.links), held)
 
     async def report_stalls(self) -> None:
         """Show stalled volumes in every daemon's status (I12)."""

@@ -9,10 +9,12 @@ import trio
 
 from sheepfs import holder_requests
 from sheepfs.abandoned import level_abandoned
+from sheepfs.accounts import Reporter
 from sheepfs.cluster import START_TIMEOUT_S, Cluster
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import UnreachableError
 from sheepfs.core.metadata import Keys
+from sheepfs.logs import watch_slow
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
 from sheepfs.net.groups import plain_errors
@@ -50,6 +52,8 @@ async def join(
             nursery.start_soon(me.follow)
             if stays:
                 nursery.start_soon(me.tend, level_abandoned)
+                nursery.start_soon(Reporter(router, owner, me.accounts).run)
+                nursery.start_soon(watch_slow, lambda: [(a.name, a.traffic) for a in me.accounts()])
             yield me
             nursery.cancel_scope.cancel()
 

@@ -10,6 +10,7 @@ from sheepfs.backend import Attributes, Done, ReadDone
 from sheepfs.core.errors import ReadOnlyError
 from sheepfs.core.geometry import map_object
 from sheepfs.core.metadata import SnapshotRecord
+from sheepfs.core.traffic import Traffic
 from sheepfs.holes import seek
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
@@ -34,6 +35,7 @@ class FrozenVolume(MapReader):
         super().__init__(name, reader, VdiMap(record.maps, self._load_map), nursery)
         self.record = record
         self.handles = 0
+        self.traffic = Traffic()
         self.on_idle: Callable[[FrozenVolume], None] = lambda volume: None
 
     async def _load_map(self, map_index: int, offset: int, length: int) -> bytes:

@@ -113,7 +113,7 @@ class Image:
 
     async def _read_piece(self, piece: tuple[int, int, int]) -> bytes:
         index, within, length = piece
-        layer = await self._owner(index)
+        layer = await self.owner(index)
         if not layer:
             return bytes(length)
         return await self._objects.fetch(data_object(layer, index), within, length)
@@ -231,7 +231,8 @@ class Image:
     def _has_map(self, index: int) -> bool:
         return bool(self._maps >> index // MAP_ENTRIES_PER_OBJECT & 1)
 
-    async def _owner(self, index: int) -> int:
+    async def owner(self, index: int) -> int:
+        """Give the layer that owns object `index`; 0: it is a hole. Raises SheepError."""
         if not self._has_map(index):
             return 0
         return (await self._run(index // _RUN_ENTRIES))[index % _RUN_ENTRIES]

@@ -22,6 +22,9 @@ from sheepfs.core.metadata import check_cluster_name
 from sheepfs.fuse import daemon
 from sheepfs.fuse import mountpoint as mountpoints
 from sheepfs.fuse.session import serve
+from sheepfs.logs import FORMATS, LEVELS, add_log_options, log_to_stderr
+from sheepfs.net.exporter import Exporter
+from sheepfs.net.transport import TCP
 from sheepfs.service import DEFAULT_CLUSTER, DEFAULT_ETCD, calm_garbage_collector, run_program
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,9 @@ environment:
 exit status: 0 mounted (in the foreground: unmounted), 1 failed, 2 wrong usage or mount point
 """
 
+_OPTIONS = frozenset(
+    ["allow_other", "ro", "etcd", "cluster", "log_file", "log_format", "log_level", "metrics"]
+)
 _IGNORED_OPTIONS = frozenset(
     [
         "rw",
@@ -103,7 +109,9 @@ class Settings:
     allow_other: bool
     read_only: bool
     log_file: str | None
-    verbose: bool
+    metrics: str | None
+    log_format: str
+    log_level: str
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -128,11 +136,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTIONS",
         action="append",
         default=[],
-        help="allow_other (other users may use it too), ro, etcd=, cluster=, log_file=; the usual "
-        "options of fstab are accepted",
+        help="allow_other (other users may use it too), ro, etcd=, cluster=, log_file=, "
+        "log_format=, log_level=, metrics=; the usual options of fstab are accepted",
     )
     parser.add_argument("--log-file", metavar="FILE", help="log there instead of to syslog")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
+    parser.add_argument(
+        "--metrics",
+        metavar="ADDR:PORT",
+        help="serve metrics for Prometheus there, over HTTP (default: nowhere)",
+    )
+    add_log_options(parser)
     return parser
 
 
@@ -145,7 +158,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     options: dict[str, str] = {}
     for option in ",".join(args.options).split(","):
         name, _, value = option.partition("=")
-        if name in ("allow_other", "ro", "etcd", "cluster", "log_file"):
+        if name in _OPTIONS:
             options[name] = value
         elif name and name not in _IGNORED_OPTIONS and not name.startswith(("x-", "comment")):
             parser.error(f"unknown mount option {option!r}")
@@ -167,8 +180,12 @@ def parse(arguments: Sequence[str]) -> Settings:
         allow_other="allow_other" in options,
         read_only="ro" in options,
         log_file=args.log_file or options.get("log_file"),
-        verbose=args.verbose,
+        metrics=args.metrics or options.get("metrics"),
+        log_format=options.get("log_format") or args.log_format,
+        log_level=options.get("log_level") or args.log_level,
     )
+    if settings.log_format not in FORMATS or settings.log_level not in LEVELS:
+        parser.error(f"log_format= takes {', '.join(FORMATS)}; log_level= {', '.join(LEVELS)}")
     try:
         check_cluster_name(settings.cluster)
     except UsageError as error:
@@ -190,15 +207,16 @@ def main(arguments: Sequence[str] | None = None, connect: Connect = _cluster_con
         The exit status.
     """
     settings = parse(sys.argv[1:] if arguments is None else arguments)
-    daemon.log_to_stderr(verbose=settings.verbose)
+    how = (settings.log_format, settings.log_level)
+    log_to_stderr(*how)
     try:
         path = mountpoints.check(settings.mountpoint)
         if settings.foreground:
             if settings.log_file:
-                daemon.log_to_file(settings.log_file, verbose=settings.verbose)
+                daemon.log_to_file(settings.log_file, *how)
             return _serve(settings, path, connect, daemon.notify_systemd)
         log_file = settings.log_file and os.path.abspath(settings.log_file)
-        with daemon.daemonized(log_file, verbose=settings.verbose) as child:
+        with daemon.daemonized(log_file, *how) as child:
             return _serve(settings, path, connect, child.ready)
     except (SheepError, OSError) as error:
         print(f"sheepfs: {error}", file=sys.stderr)
@@ -230,6 +248,11 @@ async def _mounted(
         with starting:
             async with connect(settings.etcd, settings.cluster, owner) as namespace:
                 connected.set()
+                if settings.metrics:
+                    exporter = Exporter(namespace.metrics)
+                    listener = await TCP.listen(settings.metrics)
+                    log.info("metrics are served at port %d", listener.port)
+                    nursery.start_soon(exporter.serve, listener)
                 await serve(
                     mountpoint,
                     namespace,

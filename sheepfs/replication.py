@@ -26,6 +26,7 @@ from sheepfs.core.errors import SheepError, Status, to_errno
 from sheepfs.core.geometry import describe_oid, pg_of, pool_of
 from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, Buffer, Header, Op, prepare
 from sheepfs.levelling import Leveller
+from sheepfs.logs import fields
 from sheepfs.net.link import Link, describe, next_request
 from sheepfs.net.router import Router
 from sheepfs.unflushed import Unflushed
@@ -306,7 +307,10 @@ class Replicator:
     def fence(self, reason: str) -> None:
         """Another holder took over: everything under way fails, and all that comes."""
         if not self.fenced:
-            log.error("VDI %d: %s; its I/O fails from now on", self.vdi, reason)
+            log.error(
+                "VDI %d: %s; its I/O fails from now on", self.vdi, reason,
+                extra=fields(event="fenced", vdi=self.vdi),
+            )  # fmt: skip
         self.fenced = True
         self._fail_all(errno.EIO)
 
@@ -359,12 +363,15 @@ class Replicator:
             oldest.started = now
         if oldest is None or now - oldest.started < STALL_LOG_S:
             if self.stalled:
-                log.warning("VDI %d goes on", self.vdi)
+                log.warning("VDI %d goes on", self.vdi, extra=fields(event="goes-on", vdi=self.vdi))
                 self.stalled = ""
             return
         reason = self._why_stalled(*oldest.state.group)
         if reason != self.stalled:
-            log.warning("VDI %d is stalled: %s", self.vdi, reason)
+            log.warning(
+                "VDI %d is stalled: %s", self.vdi, reason,
+                extra=fields(event="stalled", vdi=self.vdi),
+            )  # fmt: skip
         self.stalled = reason
 
     def _why_stalled(self, pool: int, pg: int) -> str:

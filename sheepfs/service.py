@@ -84,13 +84,3 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
         default=os.environ.get("SHEEPFS_CLUSTER", DEFAULT_CLUSTER),
         help=f"name of the cluster (env SHEEPFS_CLUSTER, default {DEFAULT_CLUSTER})",
     )
-
-
-def setup_logging(verbose: bool) -> None:
-    """Log to stderr, one line per event; under systemd the journal adds the time."""
-    stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if verbose else logging.INFO,
-        format=f"{stamp}%(levelname)s %(name)s: %(message)s",
-    )

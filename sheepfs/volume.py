@@ -26,11 +26,13 @@ from sheepfs.core.geometry import (
     object_count,
 )
 from sheepfs.core.metadata import VdiRecord
+from sheepfs.core.traffic import Traffic
 from sheepfs.core.wire import Buffer
 from sheepfs.flusher import Flusher
 from sheepfs.holding import Attacher
 from sheepfs.holes import seek
 from sheepfs.inventory import data_of
+from sheepfs.logs import fields
 from sheepfs.mapping import MapOwner
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
@@ -69,6 +71,7 @@ class Volume(MapOwner):
         reader.is_unsure = lambda: self._mending is not None
         self.record = record
         self.handles = 0
+        self.traffic = Traffic()
         self.on_idle: Callable[[Volume], None] = lambda volume: None
         self._router = router
         self._attacher = attacher
@@ -200,6 +203,11 @@ class Volume(MapOwner):
                 )
             self.attachment = attachment
             self._direct = True
+            log.info(
+                "%s is attached%s", self.name,
+                "" if attachment.was_clean else ": its last holder ended uncleanly",
+                extra=fields(event="attach", vdi=record.id, token=attachment.token),
+            )  # fmt: skip
             self._scope = trio.CancelScope()
             assert self.flusher is not None
             self._nursery.start_soon(
@@ -269,6 +277,10 @@ class Volume(MapOwner):
             clean = problem is None and replicator.level and not self._convergence.pending
             await self._attacher.detach(attachment, self.record, clean=clean, dropped=dropped)
             self.record = dataclasses.replace(self.record, clean=clean)
+            log.info(
+                "%s is let go%s", self.name, "" if clean else ", marked as unclean",
+                extra=fields(event="detach", vdi=record.id),
+            )  # fmt: skip
             if problem is not None:
                 raise problem
 

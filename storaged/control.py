@@ -10,6 +10,7 @@ from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import NotLeaderError, UsageError
 from sheepfs.core.wire import Buffer, Header, Op
 from storaged.recovery import JoinedGroup, parse_joined
+from storaged.reports import MountReports
 from storaged.server import ClientConnection, Handler, json_object
 
 
@@ -44,6 +45,7 @@ class Control:
         self._current_map = current_map
         self._take_map = take_map
         self._status = status
+        self.mounts = MountReports()
         self.stalled: dict[ClientConnection, list[str]] = {}
         self.handlers: dict[int, Handler] = {
             Op.PING: self._ping,
@@ -71,6 +73,8 @@ class Control:
             if not isinstance(stalled, list):
                 raise UsageError("stalled is not a list")
             self.stalled[client] = [str(line)[:500] for line in stalled[:100]]
+        elif "traffic" in content:
+            self.mounts.take(client, content["traffic"])
         else:
             try:
                 self._leader.report(int(content["node"]), int(content["incarnation"]))

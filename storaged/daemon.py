@@ -7,9 +7,10 @@ A disk error ends the daemon at once and uncleanly: its peers have the data (I5)
 
 from __future__ import annotations
 
+import json
 import logging
 import socket as stdlib_socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,11 @@ from sheepfs import __version__
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError
 from sheepfs.core.metadata import ClusterConfig, Keys, RecoveryRecord, ScrubRecord
-from sheepfs.core.wire import Op
+from sheepfs.core.wire import Buffer, Header, Op
+from sheepfs.logs import fields, watch_slow
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
+from sheepfs.net.exporter import Exporter
 from sheepfs.net.router import Router
 from sheepfs.net.store import Store, parse_endpoints
 from sheepfs.net.transport import TCP, Network
@@ -38,13 +41,14 @@ from storaged.membership import (
     refuse_removed,
     register,
 )
+from storaged.metrics import node_metrics
 from storaged.ping import ping
 from storaged.reclaim import Reclaimer
 from storaged.recovery import JoinedGroup, Recovery, encode_joined
 from storaged.removal import Removal
 from storaged.replica import Replica
 from storaged.scrub import Scrubber
-from storaged.server import Server
+from storaged.server import ClientConnection, Server
 from storaged.settings import Setting
 from storaged.store.disk import Disk
 from storaged.store.objects import ObjectStore
@@ -69,6 +73,8 @@ class Options:
     zone: str | None
     weight: float | None
     pg_count: int
+    metrics: str | None = None
+    """Where metrics are served (ADDR:PORT), if they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +162,7 @@ class Daemon:
         address = options.advertise or _own_address(options.listen, options.etcd, listener.port)
         weight = _capacity(objects) if options.weight is None else options.weight
         zone = options.zone or stdlib_socket.gethostname()
+        metrics = await TCP.listen(options.metrics) if options.metrics else None
         announcer = Announcer(store, keys, node, address, zone, weight)
         async with trio.open_nursery() as nursery:
             parts = _Parts(
@@ -175,6 +182,10 @@ class Daemon:
             if options.weight is None:
                 nursery.start_soon(_follow_capacity, objects, announcer)
             nursery.start_soon(parts.scrubber.run)
+            nursery.start_soon(watch_slow, lambda: [(f"node {node}", parts.server.traffic)])
+            if metrics is not None:
+                log.info("metrics are served at port %d", metrics.port)
+                nursery.start_soon(Exporter(parts.metrics).serve, metrics)
             ready(
                 f"node {node} of cluster {options.cluster} serves {options.data_dir} at {address}"
             )
@@ -193,7 +204,10 @@ class Daemon:
 
     def _fail(self, error: SheepError) -> None:
         if self._disk_error is None:
-            log.critical("the disk failed, leaving the cluster for good: %s", error)
+            log.critical(
+                "the disk failed, leaving the cluster for good: %s", error,
+                extra=fields(event="disk-failed", directory=self._options.data_dir),
+            )  # fmt: skip
             self._disk_error = error
             self._stop.set()
 
@@ -256,6 +270,7 @@ class _Parts:
         handlers[Op.RECLAIM] = self.removal.handle
         handlers[Op.USAGE] = self.removal.usage
         handlers[Op.SCRUB] = self.scrubber.handle
+        handlers[Op.TRAFFIC] = self._tell_traffic
         self.server = Server(config.cluster, {**handlers, **self.control.handlers}, self._greet)
 
     def is_serving(self) -> bool:
@@ -317,6 +332,18 @@ class _Parts:
                 return
             except SheepError as error:
                 log.debug("node %d does not take the report: %s", link.node, error)
+
+    def _tell_traffic(self, client: ClientConnection, header: Header, payload: Buffer) -> None:
+        record = self._announcer.record
+        me = {"node": record.id, "incarnation": record.incarnation, "at": trio.current_time()}
+        head = json.dumps({**me, **self.server.traffic.encode()})
+        mounts = self.control.mounts.encoded()
+        client.reply(header, head[:-1].encode() + b', "mounts": ' + mounts + b"}")
+
+    def metrics(self) -> Iterator[str]:
+        """Give this daemon's metrics in pieces (storaged.metrics)."""
+        stalled = len(self.control.stalled_volumes())
+        return node_metrics(self._status(), self.server.traffic, stalled, self.replica.map)
 
     def _status(self) -> dict[str, Any]:
         usage = self._objects.usage()

@@ -69,7 +69,7 @@ class Durability(Requests):
     def _flush(self, client: Client, header: Header, payload: Buffer) -> None:
         self.counters.client_requests += 1
         check_token(header, self.tokens)
-        self._flushes.append(Request(client, header, b""))
+        self._flushes.append(Request(client, header, b"", client.received_ns))
         self._flush_wanted.set()
 
     async def _flusher(self) -> None:
@@ -82,10 +82,11 @@ class Durability(Requests):
             try:
                 await self.flush_store(layers.pop() if len(layers) == 1 else None)
             except SheepError as error:
-                for client, header, _ in flushes:
+                for client, header, *_ in flushes:
                     self.fail(client, header, error)
                 continue
-            for client, header, _ in flushes:
+            for client, header, _, received_ns in flushes:
+                client.received_ns = received_ns
                 client.reply(header)
 
     async def flush_store(self, layer: int | None) -> None:

@@ -24,6 +24,7 @@ from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
 from sheepfs.core.metadata import ClusterConfig, Keys, LeaderRecord
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, Store
+from storaged.epochlog import log_changes, log_losses
 from storaged.logic.leader import OUT_AFTER_S, Joined, as_in_map, decide
 from storaged.logic.reachability import Outcome, Reachability, Run
 from storaged.membership import ALIVE_TTL_S, Announcer
@@ -289,8 +290,8 @@ class Leader:
         is_all_up = all(node.state is not NodeState.DOWN for node in seen.map.nodes.values())
         self._at_rest = judged if following is None and is_all_up else None
         if following is not None:
-            _log_changes(seen.map, following)
-            _log_losses(seen, following)
+            log_changes(seen.map, following)
+            log_losses(seen, following)
             self._publish(following)
         for report in taken:
             self._joined.pop(report, None)
@@ -369,30 +370,3 @@ class Leader:
                 self._wake.set()
         finally:
             self._pinging.discard(run)
-
-
-def _log_changes(before: ClusterMap, after: ClusterMap) -> None:
-    changes = []
-    for node in after.nodes.values():
-        old = before.nodes.get(node.id)
-        if old is None or (node.state, node.incarnation) != (old.state, old.incarnation):
-            text = f"node {node.id} at {node.address} is {node.state.value}"
-            if node.held_until > node.down_since:
-                text += (
-                    f", and held out for {node.held_until - node.down_since:.0f} s:"
-                    f" it came back {node.returns} times within a short time"
-                )
-            changes.append(text)
-    changes += [f"node {node} is removed" for node in before.nodes.keys() - after.nodes.keys()]
-    log.info("epoch %d%s", after.epoch, ": " * bool(changes) + ", ".join(changes))
-
-
-def _log_losses(seen: Seen, after: ClusterMap) -> None:
-    for (pool, pg), (node, _) in (seen.accepted.chosen() if seen.accepted else {}).items():
-        groups = seen.map.pools.get(pool, ())
-        if pg < len(groups) and node in after.pools[pool][pg].sync and node not in groups[pg].sync:
-            log.warning(
-                "group %d of pool %d goes on with what node %d has, on an operator's word:"
-                " nodes %s are not waited for",
-                pg, pool, node, ", ".join(map(str, groups[pg].sync)),
-            )  # fmt: skip

@@ -14,13 +14,13 @@ import trio
 
 from sheepfs.core.errors import SheepError, UsageError
 from sheepfs.core.metadata import check_cluster_name
+from sheepfs.logs import add_log_options, log_to_stderr
 from sheepfs.net.groups import plain_errors
 from sheepfs.service import (
     add_cluster_options,
     calm_garbage_collector,
     notify,
     run_program,
-    setup_logging,
 )
 from storaged.daemon import Daemon, Options
 
@@ -78,7 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="placement groups of each pool, if this daemon makes the cluster; for ever. 7 for each"
         " node there will be balance within 5 %% (default 256: up to 38 nodes)",
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log every detail")
+    parser.add_argument(
+        "--metrics",
+        metavar="ADDR:PORT",
+        help="serve metrics for Prometheus there, over HTTP (default: nowhere)",
+    )
+    add_log_options(parser)
     return parser
 
 
@@ -121,7 +126,7 @@ def main() -> None:
     Exit codes: 0 stopped cleanly, 1 it failed (the reason is on stderr), 2 bad usage.
     """
     args = build_parser().parse_args()
-    setup_logging(args.verbose)
+    log_to_stderr(args.log_format, args.log_level)
     _raise_open_files()
     try:
         check_cluster_name(args.cluster)
@@ -131,7 +136,7 @@ def main() -> None:
             raise UsageError(f"--weight {args.weight}: use 0 or more")
         options = Options(
             args.data_dir, args.etcd, args.cluster, args.listen, args.advertise, args.zone,
-            args.weight, args.pgs,
+            args.weight, args.pgs, args.metrics,
         )  # fmt: skip
         trio.run(_main, Daemon(options))
     except UsageError as error:

@@ -30,6 +30,7 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import describe_oid
 from sheepfs.core.wire import Op
+from sheepfs.logs import fields
 from storaged.logic.catchup import Level, Listed, Plan, plan, waves
 from storaged.logic.progress import Group, Progress
 from storaged.pulling import PULL_TIMEOUT_S, RETRY_DELAY_S, Peers, Pulling
@@ -128,6 +129,7 @@ class Recovery(Pulling):
     async def _round(self) -> bool:
         """Catch up with all groups to join; tells whether nothing is left to do."""
         joining = self._joining()
+        self._note(len(joining))
         self.progress.begin([_key(*group) for group in joining], trio.current_time())
         if not joining:
             return True
@@ -141,6 +143,16 @@ class Recovery(Pulling):
         await self._report()
         # Not finished until the leader's next map says so.
         return False
+
+    def _note(self, groups: int) -> None:
+        """Say when catching up begins, and what it took when it ends."""
+        progress, now = self.progress, trio.current_time()
+        if groups and not progress.since:
+            log.info("catching up begins", extra=fields(event="recovery-begun", groups=groups))
+        elif progress.since and not groups:
+            took = {"seconds": round(now - progress.since, 1)}
+            took |= {"objects": progress.objects, "bytes": progress.bytes}
+            log.info("catching up has ended", extra=fields(event="recovery-ended", **took))
 
     async def _in_parallel(
         self,
@@ -302,7 +314,7 @@ class Recovery(Pulling):
         except ObjectNotFoundError:
             log.debug("%s: is not there any more", describe_oid(oid))
         except SheepError as error:
-            log.info("%s: cannot be pulled yet: %s", describe_oid(oid), error)
+            log.debug("%s: cannot be pulled yet: %s", describe_oid(oid), error)
         finally:
             if oid in level.fresh:
                 moved = counters.pulled_bytes - before

@@ -23,6 +23,7 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import OBJECT_SIZE, describe_oid, is_map_object
 from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, Buffer, Header, Op
+from sheepfs.logs import fields
 from storaged.comparing import Comparing
 from storaged.copies import copy_map
 from storaged.logic.gate import Refusal, Role, check_token, check_write_token
@@ -78,17 +79,19 @@ class Replica(Comparing):
             raise
         if data is None:
             client.hold(header.span)
-            self._nursery.start_soon(self._cold_read, client, header)
+            self._nursery.start_soon(self._cold_read, client, header, client.received_ns)
         else:
             client.reply(header, as_buffer(data))
 
-    async def _cold_read(self, client: Client, header: Header) -> None:
+    async def _cold_read(self, client: Client, header: Header, received_ns: int) -> None:
         def read() -> Buffer:
             data = self.store.read(header.oid, header.offset, header.span, wait=True)
             return as_buffer(b"" if data is None else data)
 
         try:
-            client.reply(header, await trio.to_thread.run_sync(read))
+            data = await trio.to_thread.run_sync(read)
+            client.received_ns = received_ns
+            client.reply(header, data)
         except SheepError as error:
             if isinstance(error, CorruptError):
                 self._corrupt(header.oid, header, error)
@@ -219,6 +222,10 @@ class Replica(Comparing):
     async def _fence_durably(self, client: Client, header: Header) -> None:
         try:
             await trio.to_thread.run_sync(self.store.set_token, header.vdi, header.token)
+            log.info(
+                "VDI %d has a new holder: older ones are refused", header.vdi,
+                extra=fields(event="fence", vdi=header.vdi, token=header.token),
+            )  # fmt: skip
             client.reply(header)
         except SheepError as error:
             self.fail(client, header, error)

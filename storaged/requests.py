@@ -40,6 +40,9 @@ HOLD_PATIENCE_S = 2.0
 class Client(Protocol):
     """The connection that a request came from (storaged.server)."""
 
+    received_ns: int
+    """When the request that is being carried out was there."""
+
     def reply(
         self, header: Header, payload: Buffer = b"", status: Status = Status.OK, **fields: int
     ) -> None:
@@ -80,6 +83,7 @@ class Request(NamedTuple):
     client: Client
     header: Header
     payload: bytes
+    received_ns: int
 
 
 class Counters:
@@ -186,7 +190,7 @@ class Requests:
 
     def _queue(self, held: deque[Request], client: Client, header: Header, payload: Buffer) -> None:
         client.hold(HEADER_SIZE + len(payload))
-        held.append(Request(client, header, bytes(payload)))
+        held.append(Request(client, header, bytes(payload), client.received_ns))
 
     def _refuse(self, client: Client, header: Header, refusal: Refusal) -> None:
         body: Buffer = str(refusal).encode()
@@ -232,13 +236,14 @@ class Requests:
 
     def release(self, oid: int) -> None:
         """Carry out what waited for the object; one of them may hold it again."""
-        for client, header, payload in self._let_go(oid):
+        for client, header, payload, received_ns in self._let_go(oid):
             client.hold(-HEADER_SIZE - len(payload))
+            client.received_ns = received_ns
             self.handle(client, header, payload)
 
     def fail_held(self, oid: int, error: SheepError) -> None:
         """Answer what waited for the object with an error."""
-        for client, header, payload in self._let_go(oid):
+        for client, header, payload, _ in self._let_go(oid):
             client.hold(-HEADER_SIZE - len(payload))
             self.fail(client, header, error)
 

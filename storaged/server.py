@@ -4,6 +4,8 @@ Always holds:
 - Nothing of a connection is believed before its greeting names this cluster and protocol.
 - What a client can make the daemon hold (requests waiting, replies not taken) is bounded: past
   `MAX_HELD_BYTES` its socket is not read until it takes its replies.
+- A request is counted when it is answered with success: its time is that from when its frame was
+  there to when its reply goes out, for requests that came together that of all of them.
 - A client that sends anything but this protocol is disconnected, with one log line.
 """
 
@@ -16,12 +18,14 @@ import struct
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from time import perf_counter_ns
 from typing import Any
 
 import trio
 
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import ProtocolError, SheepError, Status, UsageError, WrongClusterError
+from sheepfs.core.traffic import Traffic
 from sheepfs.core.wire import MAX_FRAME, REPLY, Buffer, Header, Op
 from sheepfs.net.connection import Connection, Greeting, check_greeting
 from sheepfs.net.groups import plain_errors
@@ -36,49 +40,91 @@ COMPLAINTS = 20
 COMPLAIN_EVERY_S = 10.0
 """At most so many lines about bad connections in so many seconds."""
 
+_READ, _WRITE, _FLUSH = int(Op.READ), int(Op.WRITE), int(Op.FLUSH)
+_KINDS = {_READ: "read", _WRITE: "write", _FLUSH: "flush"}
+_FAILURES = frozenset({Status.CORRUPT, Status.NO_SPACE, Status.IO_ERROR})
+
 Handler = Callable[["ClientConnection", Header, Buffer], None]
 
 
 class ClientConnection:
     """One client's connection, as the handlers see it."""
 
-    def __init__(self, connection: Connection, peer: str) -> None:
+    def __init__(self, connection: Connection, peer: str, traffic: Traffic) -> None:
         self.connection = connection
         self.peer = peer
         self.name = ""
         self.wants_maps = False
         self.last_request = 0
         self.hold = connection.hold
+        self._traffic = traffic
         self._acks: list[int] = []
-        connection.on_handled = self.send_acks
+        self._acked_bytes = 0
+        self._reads = 0
+        self._read_bytes = 0
+        connection.on_handled = self._handled
+
+    @property
+    def received_ns(self) -> int:
+        """When the request that is being carried out was there (`perf_counter_ns`)."""
+        return self.connection.received_ns
+
+    @received_ns.setter
+    def received_ns(self, value: int) -> None:
+        self.connection.received_ns = value
+
+    def _took(self) -> int:
+        return perf_counter_ns() - self.connection.received_ns
 
     def reply(
         self, header: Header, payload: Buffer = b"", status: Status = Status.OK, **fields: int
     ) -> None:
         """Queue the reply to a request."""
+        op = header.op
         if status:
             # Replies to changes of one object must come in order.
             self.send_acks()
+            if status in _FAILURES and op in _KINDS:
+                getattr(self._traffic, _KINDS[op]).errors += 1
         if status or fields:
-            self.connection.send(
-                header.op | REPLY, header.request, payload, status=status, **fields
-            )
-        else:
-            self.connection.reply(header.op, header.request, payload)
+            self.connection.send(op | REPLY, header.request, payload, status=status, **fields)
+            return
+        if op == _READ:
+            if self.connection.handling:
+                self._reads += 1
+                self._read_bytes += len(payload)
+            else:
+                self._traffic.read.add(self._took(), len(payload))
+        elif op == _FLUSH:
+            self._traffic.flush.add(self._took(), 0)
+        self.connection.reply(op, header.request, payload)
 
     def acknowledge(self, header: Header) -> None:
         """Reply OK to a change; changes that came together share one frame."""
+        size = header.span if header.op == _WRITE else 0
         if self.connection.handling:
             self._acks.append(header.request)
+            self._acked_bytes += size
         else:
             self.connection.reply(header.op, header.request)
+            self._traffic.write.add(self._took(), size)
 
     def send_acks(self) -> None:
         """Send the acknowledgements collected so far."""
         if self._acks:
-            payload = struct.pack(f"<{len(self._acks)}I", *self._acks)
+            count = len(self._acks)
+            payload = struct.pack(f"<{count}I", *self._acks)
             self._acks.clear()
             self.connection.reply(Op.ACKS, 0, payload)
+            self._traffic.write.add_many(count, self._took(), self._acked_bytes)
+            self._acked_bytes = 0
+
+    def _handled(self) -> None:
+        """What came together is carried out, or waits."""
+        self.send_acks()
+        if self._reads:
+            self._traffic.read.add_many(self._reads, self._took(), self._read_bytes)
+            self._reads = self._read_bytes = 0
 
     def reply_json(self, header: Header, content: Any) -> None:
         """Queue a reply whose payload is JSON."""
@@ -103,6 +149,8 @@ class Server:
         self.cluster = cluster
         self.handlers = handlers
         self.clients: set[ClientConnection] = set()
+        self.traffic = Traffic()
+        """Reads, changes (writes, discards, deletions) and flushes of this node."""
         self._greet = greet
         self._complaints = 0
         self._complaints_since = float("-inf")
@@ -119,7 +167,7 @@ class Server:
 
     async def _serve_one(self, transport: Transport) -> None:
         peer = transport.peer
-        client = ClientConnection(Connection(transport), peer)
+        client = ClientConnection(Connection(transport), peer, self.traffic)
         try:
             if len(self.clients) >= MAX_CONNECTIONS:
                 log.warning("refused %s: %d connections are open", peer, len(self.clients))

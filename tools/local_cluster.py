@@ -134,10 +134,15 @@ class LocalCluster:
 
     def _choose_ports(self) -> None:
         """Keep the ports of what runs; look for free ones for the rest."""
-        processes = {"etcd": self.etcd, "etcd-peer": self.etcd} | {
-            f"node{number}": node for number, node in self.nodes.items()
+        processes = {"etcd": self.etcd, "etcd-peer": self.etcd}
+        for number, node in self.nodes.items():
+            processes |= {f"node{number}": node, f"node{number}-metrics": node}
+        processes |= {f"{mount.name}-metrics": mount for mount in self.mounts.values()}
+        kept = {
+            name
+            for name, process in processes.items()
+            if process.pid is not None and name in self.ports
         }
-        kept = {name for name, process in processes.items() if process.pid is not None}
         self._taken = {self.ports[name] for name in kept}
         for name in processes:
             if name not in kept:
@@ -167,6 +172,7 @@ class LocalCluster:
                 [
                     *(sys.executable, "-m", "storaged.main", str(self.node_directory(number))),
                     *("--listen", f"127.0.0.1:{port(f'node{number}')}", *self.options),
+                    *("--metrics", f"127.0.0.1:{port(f'node{number}-metrics')}"),
                     *self.node_options,
                 ],
                 self.env,
@@ -269,12 +275,18 @@ class LocalCluster:
         """Mount the cluster at `path`, unless it is; return when it is there."""
         path = path.resolve() if not is_mounted(path) else path
         process = self.mounts.get(path) or self._add_mount(path)
+        metrics = f"{process.name}-metrics"
         if process.pid is None:
+            if metrics not in self.ports:
+                self.ports[metrics] = self._free_port(None)
             if is_mounted(path):
                 # Left by a mount that died: every access gives ENOTCONN until it is gone.
                 unmount_lazily(path)
             path.mkdir(parents=True, exist_ok=True)
-            process.argv = [sys.executable, "-m", "sheepfs.mount", str(path), "-f", *self.options]
+            process.argv = [
+                *(sys.executable, "-m", "sheepfs.mount", str(path), "-f", *self.options),
+                *("--metrics", f"127.0.0.1:{self.ports[metrics]}"),
+            ]
             process.env = self.env
             self._save()
             process.start()

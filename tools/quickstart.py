@@ -43,7 +43,8 @@ A sheepfs cluster runs on this machine; every virtual disk is a file in {mount}
                     -drive file={disk},format=raw,if=virtio,cache=none
   Another disk    qemu-img create -f raw {shlex.quote(str(mount / "vm2.raw"))} 20G
   Administer      export SHEEPFS_ETCD={cluster.etcd_address} PATH={bin_directory}:$PATH
-                  sheepctl cluster status
+                  sheepctl cluster status; sheepctl top
+  Metrics         curl http://127.0.0.1:{cluster.ports["node1-metrics"]}/metrics
   Break it        kill -9 {cluster.nodes[3].pid}    (a storage daemon; disks go on working)
   Stop            {stop}    (the disks stay in {where})
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sheepfs_tools.sheepctl_health import Health, assess, held_until
@@ -16,6 +16,7 @@ from sheepfs_tools.sheepctl_output import (
     time_of_day,
 )
 from sheepfs_tools.sheepctl_session import Session, open_session, options
+from sheepfs_tools.sheepctl_watch import watch
 from sheepfs_tools.sizes import format_size
 
 
@@ -80,46 +81,74 @@ def _remark(row: dict[str, Any]) -> str:
     return "leader" if row["leader"] else row["problem"] or ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Status:
+    rows: list[dict[str, Any]]
+    health: Health
+    epoch: int
+    vdis: int
+
+
 async def cluster_status(arguments: argparse.Namespace) -> int:
     """Show health, nodes, placement groups, counters. Exit 1 when writes are stopped."""
     async with open_session(options(arguments)) as session:
-        rows, health, epoch = await _node_rows(session)
-        vdis = len(await session.catalog.vdis())
-    if arguments.json:
-        content = {"cluster": arguments.cluster, "uuid": session.config.cluster, "epoch": epoch}
-        print_json({**content, **asdict(health), "vdis": vdis, "nodes": rows})
-    else:
-        print_verdict(health.verdict, health.reasons)
-        print_facts(
+
+        async def look() -> _Status:
+            rows, health, epoch = await _node_rows(session)
+            return _Status(rows, health, epoch, len(await session.catalog.vdis()))
+
+        def show(found: _Status) -> int:
+            if arguments.json:
+                head = {"cluster": arguments.cluster, "uuid": session.config.cluster}
+                print_json(
+                    {
+                        **head,
+                        "epoch": found.epoch,
+                        **asdict(found.health),
+                        "vdis": found.vdis,
+                        "nodes": found.rows,
+                    },
+                    in_one_line=arguments.watch is not None,
+                )
+            else:
+                _print_status(f"{arguments.cluster} ({session.config.cluster})", found)
+            return 1 if found.health.verdict == "down" else 0
+
+        return await watch(arguments.watch, look, show)
+
+
+def _print_status(cluster: str, found: _Status) -> None:
+    health = found.health
+    print_verdict(health.verdict, health.reasons)
+    print_facts(
+        (
+            ("cluster", f"{cluster}, epoch {found.epoch}"),
+            ("VDIs", found.vdis),
             (
-                ("cluster", f"{arguments.cluster} ({session.config.cluster}), epoch {epoch}"),
-                ("VDIs", vdis),
-                (
-                    "space",
-                    f"{format_size(health.free_bytes)} free of {format_size(health.total_bytes)}"
-                    " (all copies counted)",
-                ),
-                (
-                    "blocks",
-                    f"{health.corrupt_blocks} found corrupt, {health.repaired_blocks} repaired,"
-                    f" {health.restored_objects} missing objects restored,"
-                    f" {health.suspects} objects to be compared",
-                ),
-                ("stalled", "; ".join(health.stalled) or "no volume"),
-            )
+                "space",
+                f"{format_size(health.free_bytes)} free of {format_size(health.total_bytes)}"
+                " (all copies counted)",
+            ),
+            (
+                "blocks",
+                f"{health.corrupt_blocks} found corrupt, {health.repaired_blocks} repaired,"
+                f" {health.restored_objects} missing objects restored,"
+                f" {health.suspects} objects to be compared",
+            ),
+            ("stalled", "; ".join(health.stalled) or "no volume"),
+        )
+    )
+    print()
+    if health.pools:
+        print_table(
+            ("POOL", ">GROUPS", ">WHOLE", ">DEGRADED", ">STOPPED", ">CATCHING UP"),
+            (
+                (f"{p.copies} copies", p.groups, p.whole, p.degraded, p.stopped, p.joining)
+                for p in health.pools
+            ),
         )
         print()
-        if health.pools:
-            print_table(
-                ("POOL", ">GROUPS", ">WHOLE", ">DEGRADED", ">STOPPED", ">CATCHING UP"),
-                (
-                    (f"{p.copies} copies", p.groups, p.whole, p.degraded, p.stopped, p.joining)
-                    for p in health.pools
-                ),
-            )
-            print()
-        _print_nodes(rows)
-    return 1 if health.verdict == "down" else 0
+    _print_nodes(found.rows)
 
 
 async def node_list(arguments: argparse.Namespace) -> int:
@@ -128,9 +157,15 @@ async def node_list(arguments: argparse.Namespace) -> int:
         if arguments.ids:
             print("\n".join(map(str, sorted((await session.cluster_map()).nodes))))
             return 0
-        rows, _, _ = await _node_rows(session)
-    if arguments.json:
-        print_json(rows)
-    else:
-        _print_nodes(rows)
-    return 0
+
+        async def look() -> list[dict[str, Any]]:
+            return (await _node_rows(session))[0]
+
+        def show(rows: list[dict[str, Any]]) -> int:
+            if arguments.json:
+                print_json(rows, in_one_line=arguments.watch is not None)
+            else:
+                _print_nodes(rows)
+            return 0
+
+        return await watch(arguments.watch, look, show)

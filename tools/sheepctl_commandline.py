@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 VDI, SNAPSHOT, ANY, TRASH, NODE = "vdi", "snapshot", "any", "trash", "node"
 """What an argument names: completion offers those."""
+
+
+def interval_of(minimum_s: float) -> Callable[[str], float]:
+    """Give what parses seconds as they are typed; argparse shows what is wrong with them."""
+
+    def parse(text: str) -> float:
+        try:
+            seconds = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+        if not minimum_s <= seconds <= 86400:
+            raise argparse.ArgumentTypeError(f"{text} s: use {minimum_s:g} to 86400 seconds")
+        return seconds
+
+    return parse
 
 
 def completes(action: argparse.Action) -> str:
@@ -67,6 +82,25 @@ class Verb:
     def word(self, dest: str, help: str, nargs: str | None = None, metavar: str = "") -> Verb:
         """Add another argument."""
         self._parser.add_argument(dest, nargs=nargs, metavar=metavar or None, help=help)
+        return self
+
+    def seconds(self, name: str, help: str, default: float, minimum: float) -> Verb:
+        """Add an option with a time."""
+        self._parser.add_argument(
+            name, metavar="SECONDS", type=interval_of(minimum), default=default, help=help
+        )
+        return self
+
+    def watch(self) -> Verb:
+        """Add the option that shows it again and again."""
+        self._parser.add_argument(
+            "--watch",
+            metavar="SECONDS",
+            type=interval_of(0.5),
+            nargs="?",
+            const=2.0,
+            help="show it again and again until Ctrl-C (every 2 s); with --json one line each",
+        )
         return self
 
     def flag(self, name: str, help: str) -> Verb:

@@ -13,9 +13,9 @@ from sheepfs_tools.sizes import format_size
 COLOURS = {"ok": "green", "degraded": "yellow", "down": "red", "active": "green"}
 
 
-def print_json(content: Any) -> None:
+def print_json(content: Any, *, in_one_line: bool = False) -> None:
     """Print JSON; keys keep their order."""
-    json.dump(content, sys.stdout, indent=2)
+    json.dump(content, sys.stdout, indent=None if in_one_line else 2)
     sys.stdout.write("\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sheepfs_tools.sheepctl_commandline import SNAPSHOT, TRASH, VDI, Area, common_options
+from sheepfs_tools.sheepctl_parser_look import add_object, add_top
 from sheepfs_tools.sheepctl_parser_node import add_node, add_recover
 from sheepfs_tools.sheepctl_parser_rescue import add_rescue
 from sheepfs_tools.sheepctl_parser_scrub import add_scrub
@@ -15,6 +16,7 @@ DESCRIPTION = "Administer a sheepfs cluster: disks, snapshots, the trash, the cl
 EPILOG = """\
 examples:
   sheepctl cluster status                  is all well?
+  sheepctl top                             who does how much, and how fast it goes
   sheepctl vdi create vm1 20G              a virtual disk; the mount shows it as vm1.raw
   sheepctl vdi create scratch 1T --copies 1
   sheepctl vdi resize vm1 40G
@@ -51,7 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cluster(Area(areas, "cluster", "the cluster as a whole", "sheepctl_cluster"))
     add_node(Area(areas, "node", "storage daemons", "sheepctl_cluster"))
     add_scrub(Area(areas, "scrub", "the background check of all replicas", "sheepctl_scrub"))
+    add_top(areas)
     add_vdi(Area(areas, "vdi", "virtual disk images", "sheepctl_vdi"))
+    add_object(Area(areas, "object", "pieces of 4 MiB that VDIs are made of", "sheepctl_locate"))
     _add_snapshot(Area(areas, "snapshot", "snapshots of VDIs", "sheepctl_snapshot"))
     _add_trash(Area(areas, "trash", "what is deleted and can be restored", "sheepctl_trash"))
     add_rescue(areas)
@@ -85,8 +89,8 @@ def _add_cluster(area: Area) -> None:
         "status",
         "health, nodes, placement groups, counters",
         "Exits with 1 when a placement group has no member that serves: writes wait there.",
-        ["cluster status", "cluster status --json"],
-    )
+        ["cluster status", "cluster status --json", "cluster status --watch 5"],
+    ).watch()
     area.verb(
         "check",
         "do maps and objects agree?",

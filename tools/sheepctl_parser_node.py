@@ -7,9 +7,9 @@ from sheepfs_tools.sheepctl_commandline import NODE, Area
 
 def add_node(area: Area) -> None:
     """Add the commands about storage daemons."""
-    area.verb("list", "all nodes", examples=["node list", "node list --json"]).flag(
+    area.verb("list", "all nodes", examples=["node list", "node list --watch"]).flag(
         "--ids", "ids only, one a line"
-    )
+    ).watch()
     area.verb(
         "info",
         "all about one node",

@@ -54,6 +54,10 @@ class Session:
 
     async def statuses(self, cluster_map: ClusterMap) -> dict[int, dict[str, Any] | str]:
         """Ask all nodes at the same time; a text says why a node gave no status."""
+        return await self.ask_all(cluster_map, Op.STATUS)
+
+    async def ask_all(self, cluster_map: ClusterMap, op: Op) -> dict[int, dict[str, Any] | str]:
+        """Ask all nodes for something in JSON; a text says why a node gave no answer."""
         answers: dict[int, dict[str, Any] | str] = {}
 
         async def ask(node: int, address: str) -> None:
@@ -61,7 +65,7 @@ class Session:
             with trio.move_on_after(NODE_TIMEOUT_S):
                 try:
                     async with connect_node(address, self.config.cluster) as link:
-                        answers[node] = await link.call_json(Op.STATUS)
+                        answers[node] = await link.call_json(op)
                 except* SheepError as group:
                     answers[node] = str(first_error(group))
 

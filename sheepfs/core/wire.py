@@ -86,6 +86,7 @@ class Op(IntEnum):
     LAYOUT = 21
     USAGE = 22
     SCRUB = 23
+    TRAFFIC = 25
 
 
 class Header(NamedTuple):

@@ -15,11 +15,11 @@ import syslog
 from collections.abc import Iterator
 
 from sheepfs.core.errors import SheepError, UsageError
+from sheepfs.logs import TextFormatter, log_to
 from sheepfs.service import notify
 
 log = logging.getLogger(__name__)
 
-_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _PRIORITIES = (
     (logging.ERROR, syslog.LOG_ERR),
     (logging.WARNING, syslog.LOG_WARNING),
@@ -41,36 +41,15 @@ class SyslogHandler(logging.Handler):
             self.handleError(record)
 
 
-def _log_to(handler: logging.Handler, *, verbose: bool) -> None:
-    root = logging.getLogger()
-    for old in root.handlers[:]:
-        root.removeHandler(old)
-        old.close()
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    logging.getLogger("sheepfs").setLevel(logging.DEBUG if verbose else logging.INFO)
-
-
-def log_to_stderr(*, verbose: bool) -> None:
-    """Log to standard error, where systemd or a person reads it."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(_FORMAT))
-    _log_to(handler, verbose=verbose)
-
-
-def log_to_file(path: str, *, verbose: bool) -> None:
+def log_to_file(path: str, log_format: str, level: str) -> None:
     """Log to a file, which logrotate may move away. Raises OSError if it cannot be opened."""
-    handler = logging.handlers.WatchedFileHandler(path)
-    handler.setFormatter(logging.Formatter(_FORMAT))
-    _log_to(handler, verbose=verbose)
+    log_to(logging.handlers.WatchedFileHandler(path), log_format, level, TextFormatter())
 
 
-def log_to_syslog(*, verbose: bool) -> None:
-    """Log to syslog or the journal."""
+def log_to_syslog(log_format: str, level: str) -> None:
+    """Log to syslog or the journal, which know the time and how urgent it is."""
     syslog.openlog("sheepfs", syslog.LOG_PID, syslog.LOG_DAEMON)
-    handler = SyslogHandler()
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    _log_to(handler, verbose=verbose)
+    log_to(SyslogHandler(), log_format, level, TextFormatter(stamped=False, level=False))
 
 
 def notify_systemd() -> None:
@@ -112,7 +91,7 @@ class Child:
 
 
 @contextlib.contextmanager
-def daemonized(log_file: str | None, *, verbose: bool) -> Iterator[Child]:
+def daemonized(log_file: str | None, log_format: str, level: str) -> Iterator[Child]:
     """Fork: the body runs in the background process, the parent exits once that is ready.
 
     Raises:
@@ -120,7 +99,7 @@ def daemonized(log_file: str | None, *, verbose: bool) -> Iterator[Child]:
         OSError: the log file cannot be opened.
     """
     if log_file:
-        log_to_file(log_file, verbose=verbose)
+        log_to_file(log_file, log_format, level)
     ours, theirs = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -136,7 +115,7 @@ def daemonized(log_file: str | None, *, verbose: bool) -> Iterator[Child]:
     code = 0
     try:
         if not log_file:
-            log_to_syslog(verbose=verbose)
+            log_to_syslog(log_format, level)
         yield child
     except BaseException as error:
         code = EXIT_FAILED

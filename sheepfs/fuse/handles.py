@@ -36,6 +36,7 @@ class Node:
         "held_elsewhere",
         "id",
         "locks",
+        "traffic",
         "unlocked",
         "volume",
         "waiting",
@@ -44,6 +45,7 @@ class Node:
     def __init__(self, vdi: int, volume: OpenVolume) -> None:
         self.id = vdi
         self.volume = volume
+        self.traffic = volume.traffic
         self.handles = 0
         self.attached = False
         self.held_elsewhere = False

@@ -4,6 +4,7 @@ Always holds:
 - Every request gets exactly one reply, from the callback or task that finishes it, written
   straight to the device.
 - READ and WRITE start no task and copy nothing but a write's data out of the receive buffer.
+- READ, WRITE and FSYNC are counted when their replies are written, if their VDI is open.
 - A write with O_DSYNC or O_SYNC (or RWF_DSYNC) is flushed before its reply: the kernel sends no
   FSYNC of its own for files with FOPEN_DIRECT_IO.
 """
@@ -11,10 +12,10 @@ Always holds:
 from __future__ import annotations
 
 import errno
-import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from time import perf_counter_ns
 
 import trio
 
@@ -37,6 +38,7 @@ _AT = protocol.IN_HEADER_SIZE
 _OUT_SIZE = protocol.OUT_HEADER_SIZE
 _pack_out = protocol.OUT_HEADER.pack
 _writev = os.writev
+_clock = perf_counter_ns
 
 Handler = Callable[[int, memoryview], None]
 
@@ -85,9 +87,12 @@ class Requests:
         if handle is None:
             self._replies.fail(unique, errno.EBADF)
             return
+        began = _clock()
+        meter = handle.node.traffic.read
 
         def done(code: int, buffers: Sequence[Buffer]) -> None:
             if code:
+                meter.errors += 1
                 self._replies.fail(unique, code)
                 return
             length = _OUT_SIZE
@@ -97,6 +102,7 @@ class Requests:
                 _writev(self._device, (_pack_out(length, 0, unique), *buffers))
             except OSError as error:
                 self._replies.refused(error)
+            meter.add(_clock() - began, length - _OUT_SIZE)
 
         handle.node.volume.read(offset, size, done)
 
@@ -111,17 +117,21 @@ class Requests:
         if offset + size > MAX_VDI_SIZE:
             self._replies.fail(unique, errno.EFBIG)
             return
+        began = _clock()
         data = bytes(request[protocol.WRITE_DATA :])
         node = handle.node
+        meter = node.traffic.write
 
         def replied(code: int) -> None:
             if code:
+                meter.errors += 1
                 self._replies.fail(unique, code)
                 return
             try:
                 _writev(self._device, (protocol.encode_written(unique, size),))
             except OSError as error:
                 self._replies.refused(error)
+            meter.add(_clock() - began, size)
 
         done = _flush_between(node, replied) if flags & _O_DSYNC else replied
         if node.attached:
@@ -136,7 +146,17 @@ class Requests:
         if handle is None:
             self._replies.fail(unique, errno.EBADF)
         elif handle.node.attached:
-            handle.node.volume.flush(functools.partial(self._replies.finish, unique))
+            began = _clock()
+            meter = handle.node.traffic.flush
+
+            def flushed(code: int) -> None:
+                self._replies.fail(unique, code)
+                if code:
+                    meter.errors += 1
+                else:
+                    meter.add(_clock() - began, 0)
+
+            handle.node.volume.flush(flushed)
         else:
             self._unattached_flush(unique, handle.node)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from time import perf_counter_ns
 from typing import Any
 
 import trio
@@ -58,6 +59,8 @@ class Connection:
         self.closed = False
         self.handling = False
         """Frames that came together are being handled; what is queued goes out behind them."""
+        self.received_ns = 0
+        """When the frames that are being handled were there (`perf_counter_ns`)."""
         self.on_handled: Callable[[], None] | None = None
         """Called when all of them are handled."""
         self.on_output: Callable[[], None] = self.wake_writer
@@ -164,6 +167,7 @@ class Connection:
         turns = 0
         while True:
             self.handling = True
+            self.received_ns = perf_counter_ns()
             try:
                 paused = self._handle_frames(handle, one)
                 if self.on_handled:

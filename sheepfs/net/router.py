@@ -147,6 +147,7 @@ class Router:
                 link = None if self._is_replaced(node) else await self._connect(node)
                 if link is not None:
                     delay_s = RECONNECT_MIN_S
+                    log.info("connected to node %d at %s", node.id, node.address)
                     with plain_errors():
                         await self._serve(link)
                     log.info("lost node %d at %s", node.id, node.address)

@@ -148,6 +148,8 @@ class _Tcp:
     async def listen(self, address: str) -> _TcpListener:
         host, _, port = address.rpartition(":")
         try:
+            if int(port) >= 1 << 16:
+                raise ValueError(f"{port} is no port")  # The resolver would cut it to 16 bits.
             opened = await trio.open_tcp_listeners(int(port), host=host.strip("[]") or None)
         except (OSError, ValueError, stdlib_socket.gaierror) as error:
             raise UsageError(f"cannot listen at {address}: {error}") from error

@@ -192,7 +192,7 @@ class StoredObject:
     @property
     def path(self) -> str:
         """Path of the object's file in the data directory."""
-        return f"objects/{self.pool}/{self.pg:04x}/{format_oid(self.oid)}"
+        return path_of(self.oid, self.pool, self.pg)
 
     def info(self) -> ObjectInfo:
         """Give what peers compare."""
@@ -213,3 +213,8 @@ def open_overlay(oid: int, sources: Sources | None) -> Overlay | None:
         return None
     bases = [sibling(oid, layer) for layer in sources.layers]
     return Overlay(bytearray(sources.sources), bases, {})
+
+
+def path_of(oid: int, pool: int, pg: int) -> str:
+    """Give the path of an object's file in a data directory."""
+    return f"objects/{pool}/{pg:04x}/{format_oid(oid)}"

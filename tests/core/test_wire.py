@@ -121,7 +121,8 @@ def test_the_longest_frames_are_taken() -> None:
 
 
 def test_operations_keep_their_numbers() -> None:
-    assert [op.value for op in Op] == list(range(1, len(Op) + 1))
+    assert [op.value for op in Op][:22] == list(range(1, 23))
+    assert Op.TRAFFIC == 25
     assert [op.name for op in Op][:17] == [
         *("HELLO", "PING", "MAP", "READ", "WRITE", "PUNCH", "FLUSH", "DELETE", "STAT"),
         *("EXTENTS", "PULL", "REPAIR", "LIST", "FENCE", "REPORT", "JOINED", "STATUS"),

@@ -14,11 +14,12 @@ import dataclasses
 import errno
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
 
+from sheepfs.accounts import Account, Accounts
 from sheepfs.backend import Attributes, Capacity, Done, OnChange, OpenVolume, ReadDone
 from sheepfs.core.errors import (
     HeldElsewhereError,
@@ -36,6 +37,8 @@ from sheepfs.core.metadata import (
     snapshot_file,
     split_name,
 )
+from sheepfs.core.traffic import Traffic
+from sheepfs.mount_metrics import vdi_metrics
 
 BLOCK = 4096
 COPY_AT_ONCE = 2 * OBJECT_SIZE
@@ -147,6 +150,7 @@ class MemoryVolume:
         self._journal = namespace.cluster.journal
         self.vdi = vdi
         self.handles = 0
+        self.traffic = Traffic()
         self._dirty = False
 
     @property
@@ -301,6 +305,7 @@ class MemoryNamespace:
     def __init__(self, cluster: MemoryCluster, *, asynchronous: bool) -> None:
         self.cluster = cluster
         self.volumes: dict[int, MemoryVolume] = {}
+        self.accounts = Accounts()
         self.on_change: list[OnChange] = []
         self._asynchronous = asynchronous
         self._completions: deque[Callable[[], None]] = deque()
@@ -498,12 +503,16 @@ class MemoryNamespace:
         volume = self.volumes.get(vdi)
         if volume is None:
             volume = self.volumes[vdi] = MemoryVolume(self, self._by_id(vdi))
+            volume.traffic = self.accounts.open(vdi, volume.name, self.volumes)
         volume.handles += 1
         return volume
 
     async def capacity(self) -> Capacity:
         await self.round_trip()
         return self.cluster.capacity
+
+    def metrics(self) -> Iterator[str]:
+        return vdi_metrics(Account(*row, stalled=False) for row in self.accounts.rows())
 
 
 @asynccontextmanager

@@ -19,7 +19,7 @@ from sheepfs_tools import sheepctl_parser
 from sheepfs_tools.sheepctl_completion import completion, levels
 from sheepfs_tools.sheepctl_parser import build_parser
 
-AREAS = ("cluster", "node", "scrub", "vdi", "snapshot", "trash", "metadata")
+AREAS = ("cluster", "node", "scrub", "vdi", "object", "snapshot", "trash", "metadata")
 NOWHERE = ("--etcd", "127.0.0.1:1")
 
 
@@ -97,7 +97,7 @@ def commands(
         if isinstance(action, argparse._SubParsersAction):
             for name, child in action.choices.items():
                 yield from commands(child, (*path, name))
-    if len(path) == 2:
+    if len(path) == 2 or path == ("top",):
         yield path, parser
 
 
