@@ -219,7 +219,8 @@ def test_a_cut_loses_nothing_and_service_is_back_soon_after_it(
         with capsys.disabled():
             print(f"\n  {'+'.join(map(str, cuts))}: {figures}")
         assert frees or taker.taken is None, "two holders: the first one could reach etcd"
-        assert taker.refusals() <= {errno.EBUSY}
+        # Held by the other host; or etcd does not answer.
+        assert taker.refusals() <= {errno.EBUSY, errno.EAGAIN, errno.EHOSTUNREACH}
         if taker.taken is None:
             assert writer.failed() is None
             writer.kill()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 from trio.testing import MockClock
@@ -12,7 +13,7 @@ from sheepfs.core.errors import UnreachableError
 from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import ClusterConfig, Keys
 from storaged.leader import Leader
-from storaged.membership import Announcer
+from storaged.membership import ALIVE_TTL_S, Announcer
 from storaged.recovery import JoinedGroup
 
 KEYS = Keys("test")
@@ -328,6 +329,26 @@ async def test_after_an_outage_of_etcd_that_outlasts_all_leases_nothing_changes(
         for delay_s, daemon in enumerate(daemons):
             daemon.store.heal()
             await trio.sleep(delay_s)
+        await trio.sleep(20)
+        assert len(cluster.leaders()) == 1
+        assert cluster.map == before
+
+
+async def test_an_outage_of_etcd_that_ends_before_a_call_fails_changes_nothing_either(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        before = cluster.map
+        answers_at = trio.current_time() + ALIVE_TTL_S + 0.5
+        for delay_s, daemon in enumerate(cluster.running.values()):
+            for name in ("get", "list", "commit", "grant", "keep_alive"):
+                call, at = getattr(daemon.store, name), answers_at + delay_s
+
+                async def late(*arguments: object, call: Any = call, at: float = at) -> object:
+                    await trio.sleep_until(at)
+                    return await call(*arguments)
+
+                setattr(daemon.store, name, late)
         await trio.sleep(20)
         assert len(cluster.leaders()) == 1
         assert cluster.map == before
