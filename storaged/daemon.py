@@ -208,7 +208,9 @@ class _Parts:
         self.reclaimer = Reclaimer(
             Catalog(store, keys), self.replica, self.removal, self.leader, self.router
         )
-        self.control = Control(self.leader, lambda: self.replica.map, self._take, self._status)
+        self.control = Control(
+            self.leader, lambda: self.replica.map, self._take, self._status, self._holder
+        )
         handlers: dict[int, Any] = {op: self.replica.handle for op in self.replica.handlers}
         handlers[Op.RECLAIM] = self.removal.handle
         handlers[Op.USAGE] = self.removal.usage
@@ -258,6 +260,10 @@ class _Parts:
                 return
             except SheepError as error:
                 log.debug("node %d does not take the report: %s", link.node, error)
+
+    def _holder(self, vdi: int) -> str:
+        name = self.replica.holders.get(vdi, "")
+        return name if name and self.server.is_present(name) else ""
 
     def _status(self) -> dict[str, Any]:
         usage = self._objects.usage()

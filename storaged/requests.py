@@ -39,6 +39,9 @@ HOLD_PATIENCE_S = 2.0
 class Client(Protocol):
     """The connection that a request came from (storaged.server)."""
 
+    name: str
+    """The same on all connections of one program."""
+
     def reply(
         self, header: Header, payload: Buffer = b"", status: Status = Status.OK, **fields: int
     ) -> None:

@@ -174,9 +174,7 @@ class HostsCluster(LocalCluster):
         """Tell whether a process accepts connections."""
         host, port = self.address(name).split(":")
         probe = ["timeout", "1", "bash", "-c", f": </dev/tcp/{host}/{port}"]
-        done = subprocess.run(
-            [*self.hosts.enter(ADMIN), *probe], capture_output=True, check=False
-        )
+        done = subprocess.run([*self.hosts.enter(ADMIN), *probe], capture_output=True, check=False)
         return done.returncode == 0
 
     def is_etcd_healthy(self) -> bool:
@@ -224,5 +222,3 @@ def _end_processes(namespace: str) -> None:
 def _run(*argv: str) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(argv)}: {done.stderr}"
-
-

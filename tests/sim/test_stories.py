@@ -142,3 +142,56 @@ def test_the_first_flush_of_a_vdi_waits_for_etcd_and_does_not_fail() -> None:
                 await done.wait()
 
     tell(story)
+
+
+def test_no_mount_levels_a_vdi_whose_holder_has_only_lost_etcd() -> None:
+    async def story(world: World, cluster: Cluster) -> None:
+        await cluster.catalog.create("v1.raw", 16 * MIB, 3)
+        other = world.network.host("other")
+        HOST.set(other)
+        async with join(
+            world.etcd_client(other), CLUSTER, "other", stays=True, network=other
+        ) as bystander:
+            HOST.set(world.network.host("mount"))
+            async with cluster.opened((await cluster.lookup("v1.raw")).id) as volume:
+                await volume.attach()
+                await completion(lambda done: volume.write(0, b"a" * 4096, done))
+                await completion(volume.flush)
+                world.clients["mount"].partition(silent=True)
+                await trio.sleep(60)
+                assert not await bystander.holding.is_held(volume.record.id)
+                await completion(lambda done: volume.write(0, b"b" * 4096, done))
+                await completion(volume.flush)
+                world.clients["mount"].heal()
+                with trio.fail_after(10):
+                    while not await bystander.holding.is_held(volume.record.id):
+                        await trio.sleep(0.1)
+                await completion(volume.flush)
+
+    tell(story)
+
+
+def test_a_mount_levels_a_vdi_whose_holder_died() -> None:
+    async def story(world: World, cluster: Cluster) -> None:
+        await cluster.catalog.create("v1.raw", 16 * MIB, 3)
+        dead = world.network.host("dead")
+        HOST.set(dead)
+        with trio.CancelScope() as life:
+            async with join(world.etcd_client(dead), CLUSTER, "dead", network=dead) as dying:
+                volume = await dying.open((await dying.lookup("v1.raw")).id)
+                assert isinstance(volume, Volume)
+                await volume.attach()
+                await completion(lambda done: volume.write(0, b"a" * 4096, done))
+                dead.die(silent=True)
+                volume.fence("its mount was killed")
+                life.cancel()
+                await trio.lowlevel.checkpoint()
+        other = world.network.host("other")
+        HOST.set(other)
+        async with join(world.etcd_client(other), CLUSTER, "other", stays=True, network=other):
+            with trio.fail_after(60):
+                while not (await cluster.catalog.vdi("v1.raw"))[0].clean:
+                    await trio.sleep(0.1)
+        HOST.set(world.network.host("mount"))
+
+    tell(story)
