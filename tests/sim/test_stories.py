@@ -72,7 +72,7 @@ def test_a_clone_of_a_vdi_that_was_attached_more_often_takes_all_writes() -> Non
 async def flushing(
     cluster: Cluster, name: str, fault: Callable[[], None]
 ) -> AsyncIterator[trio.Event]:
-    """Write and flush beside the block, after a fault; gives what is set when that has succeeded."""
+    """Write and flush beside the block, after a fault; gives what is set when that is done."""
     async with cluster.opened((await cluster.lookup(name)).id) as volume:
         await volume.attach()
         fault()
