@@ -130,8 +130,7 @@ class Cut:
     lasts_s: float
 
     def __str__(self) -> str:
-        sign = {"both": "x", "there": "-x", "back": "x-", "refused": "!"}[self.how]
-        return f"{self.one}{sign}{self.other}-{self.lasts_s:g}s"
+        return f"{self.one}_{self.how}_{self.other}_{self.lasts_s:g}s"
 
     @property
     def frees(self) -> bool:
