@@ -2,6 +2,8 @@
 
 Always holds:
 - Whoever wants such a VDI has it at once: who levels it gives way (`Volume.level`).
+- A holder that lost only its lease is left alone: it goes on without etcd (I10), and storage nodes
+  know that it is there.
 - What could not be levelled is tried again, by whichever mount comes first.
 """
 
@@ -13,6 +15,7 @@ import trio
 
 from sheepfs.cluster import Cluster
 from sheepfs.core.errors import HeldElsewhereError, SheepError, VdiNotFoundError
+from sheepfs.core.wire import Op
 from sheepfs.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -20,6 +23,9 @@ log = logging.getLogger(__name__)
 PAUSE_S = 2.0
 """Before each look: who restarts a VM goes first, and many changes make one look."""
 POLL_S = 30.0
+ASKED = 5
+"""Nodes that are asked whether a VDI is in use: each attach tells all of them."""
+ASK_TIMEOUT_S = 1.0
 PARALLEL = 4
 
 
@@ -31,7 +37,10 @@ async def level_abandoned(cluster: Cluster) -> None:
     async def work(vdi: int) -> None:
         try:
             async with slots:
-                await level(cluster, vdi)
+                if await is_in_use(cluster, vdi):
+                    log.info("VDI %d: its holder has no lease, and is alive", vdi)
+                else:
+                    await level(cluster, vdi)
         except (VdiNotFoundError, HeldElsewhereError):
             pass
         except SheepError as error:
@@ -65,6 +74,24 @@ async def abandoned(cluster: Cluster) -> list[int]:
         for _, record, _ in await cluster.catalog.vdis()
         if not record.clean and cluster.keys.lock(record.id) not in locks
     ]
+
+
+async def is_in_use(cluster: Cluster, vdi: int) -> bool:
+    """Tell whether storage nodes hear of a mount that holds a VDI, whatever etcd knows."""
+    answers = 0
+    for link in list(cluster.router.links.values()):
+        try:
+            found = await link.call_json(Op.STATUS, {"holder": vdi}, timeout_s=ASK_TIMEOUT_S)
+            holder = found["holder"]
+        except (SheepError, KeyError, TypeError) as error:
+            log.debug("node %d does not tell who holds VDI %d: %s", link.node, vdi, error)
+            continue
+        if holder and holder != cluster.router.client:
+            return True
+        answers += 1
+        if answers == ASKED:
+            break
+    return False
 
 
 async def level(cluster: Cluster, vdi: int) -> None:

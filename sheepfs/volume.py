@@ -19,7 +19,13 @@ import trio
 from sheepfs.backend import Attributes, Done, ReadDone
 from sheepfs.callbacks import completion
 from sheepfs.convergence import Convergence
-from sheepfs.core.errors import HeldElsewhereError, SheepError, UnreachableError
+from sheepfs.core.errors import (
+    FencedError,
+    HeldElsewhereError,
+    RetryableError,
+    SheepError,
+    UnreachableError,
+)
 from sheepfs.core.geometry import (
     copies_of,
     map_object,
@@ -50,6 +56,7 @@ MEASURE_EVERY_S = 10.0
 MEASURE_AT_DETACH_S = 0.5
 RECLAIM_EVERY_S = 300.0
 DISCARD_TRIES = 100
+SAVE_RETRY_S = 0.5
 
 
 class Volume(MapOwner):
@@ -83,6 +90,10 @@ class Volume(MapOwner):
         self._attaching = trio.Lock()
         self._capturing = trio.Lock()
         self._saving = trio.Lock()
+        self._unsaved = ""
+        """Why a flush waits for etcd; empty if none does."""
+        self._leaving = False
+        """Being detached: what cannot be saved now is given up."""
         self._scope: trio.CancelScope | None = None
         self._borrowed = False
         """Attached for a moment only, by `borrow`."""
@@ -99,7 +110,7 @@ class Volume(MapOwner):
     @property
     def stalled(self) -> str:
         """Why I/O does not move, or an empty string."""
-        return self.replicator.stalled if self.replicator else ""
+        return self._unsaved or (self.replicator.stalled if self.replicator else "")
 
     @property
     def converging(self) -> bool:
@@ -240,6 +251,7 @@ class Volume(MapOwner):
             attachment, replicator, flusher = self.attachment, self.replicator, self.flusher
             if attachment is None or replicator is None or flusher is None:
                 return
+            self._leaving = True
             self._convergence.stop()
             with trio.move_on_after(MEASURE_AT_DETACH_S):
                 await self._measure_if_changed()
@@ -262,6 +274,7 @@ class Volume(MapOwner):
             dropped = not attachment.was_clean or (
                 self._copies is not None and self._copies.copied > 0
             )
+            self._leaving = False
             # Nothing was changed since that flush, and from here on all changes attach again.
             self.attachment = self.replicator = self.flusher = self._copies = None
             self._direct = False
@@ -495,8 +508,25 @@ class Volume(MapOwner):
         return self._size == self._saved_size and self._map.existing == self.record.maps
 
     async def _save_if_changed(self) -> None:
-        if not self._is_saved():
-            await self._save(durable=True)
+        """Keep size and map objects in etcd; while it is away, the flush waits (I10).
+
+        An error would be for good: file systems in guests then write no more.
+        """
+        try:
+            while not self._is_saved():
+                try:
+                    await self._save(durable=True)
+                except RetryableError as error:
+                    if self._leaving:
+                        raise
+                    if not self._unsaved:
+                        log.warning("%s: a flush waits for etcd: %s", self.name, error)
+                    self._unsaved = f"a flush waits for etcd: {error}"
+                    await trio.sleep(SAVE_RETRY_S)
+                if self.replicator is not None and self.replicator.fenced:
+                    raise FencedError(f"VDI {self.record.id} was taken over by another holder")
+        finally:
+            self._unsaved = ""
 
     async def _save(self, *, durable: bool) -> None:
         async with self._saving:

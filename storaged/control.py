@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import trio
+
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import NotLeaderError, UsageError
 from sheepfs.core.wire import Buffer, Header, Op
@@ -40,12 +42,15 @@ class Control:
         current_map: Callable[[], ClusterMap],
         take_map: Callable[[ClusterMap], None],
         status: Callable[[], dict[str, Any]],
+        holder: Callable[[int], str],
     ) -> None:
+        """`holder`: names the client that holds a VDI and is present; empty if none is."""
         self._leader = leader
         self._current_map = current_map
         self._take_map = take_map
         self._status = status
         self.mounts = MountReports()
+        self._holder = holder
         self.stalled: dict[ClientConnection, list[str]] = {}
         self.handlers: dict[int, Handler] = {
             Op.PING: self._ping,
@@ -56,6 +61,7 @@ class Control:
         }
 
     def _ping(self, client: ClientConnection, header: Header, payload: Buffer) -> None:
+        client.pinged = trio.current_time()
         client.reply(header, epoch=self._current_map().epoch)
 
     def _map(self, client: ClientConnection, header: Header, payload: Buffer) -> None:
@@ -94,6 +100,13 @@ class Control:
         client.reply(header)
 
     def _tell_status(self, client: ClientConnection, header: Header, payload: Buffer) -> None:
+        if payload:
+            try:
+                vdi = int(json_object(payload)["holder"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(f"a VDI's holder is asked for by its id: {error}") from error
+            client.reply_json(header, {"holder": self._holder(vdi)})
+            return
         status = self._status()
         status["stalled"] = self.stalled_volumes()
         client.reply(header, json.dumps(status).encode())

@@ -265,7 +265,9 @@ class _Parts:
         self.reclaimer = Reclaimer(catalog, self.replica, self.removal, self.leader, self.router)
         scrubbing = Setting(store, keys.setting("scrub"), ScrubRecord())
         self.scrubber = Scrubber(self.replica, self.router, catalog, scrubbing)
-        self.control = Control(self.leader, lambda: self.replica.map, self._take, self._status)
+        self.control = Control(
+            self.leader, lambda: self.replica.map, self._take, self._status, self._holder
+        )
         handlers: dict[int, Any] = {op: self.replica.handle for op in self.replica.handlers}
         handlers[Op.RECLAIM] = self.removal.handle
         handlers[Op.USAGE] = self.removal.usage
@@ -344,6 +346,10 @@ class _Parts:
         """Give this daemon's metrics in pieces (storaged.metrics)."""
         stalled = len(self.control.stalled_volumes())
         return node_metrics(self._status(), self.server.traffic, stalled, self.replica.map)
+
+    def _holder(self, vdi: int) -> str:
+        name = self.replica.holders.get(vdi, "")
+        return name if name and self.server.is_present(name) else ""
 
     def _status(self) -> dict[str, Any]:
         usage = self._objects.usage()

@@ -6,13 +6,15 @@ Always holds:
 - The leader key hangs on the lease of the daemon's own `alive` key: both end together.
 - A leader whose address refuses connections is replaced at once, by compare-and-swap; one that is
   silent, when its lease ends.
-- After etcd was away, missing leases prove nothing until each daemon had the time to renew.
+- After etcd was away for so long that leases may have ended, missing ones prove nothing until each
+  daemon had the time to come back with a new one.
 - No decision is taken here: `storaged.logic.leader` decides, this is its eyes and hands.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -47,6 +49,8 @@ FOLLOW_PING_S = 0.3
 FOLLOW_PINGS_PER_S = 200
 """Of all followers together, so that a large cluster does not drown its leader."""
 FOLLOW_POLL_S = 1.0
+AWAY_S = ALIVE_TTL_S * 2 / 3
+"""Without an answer of etcd for longer, a lease may have ended: it is renewed at a third."""
 
 
 class Leader:
@@ -89,6 +93,8 @@ class Leader:
         self._nodes = 0
         self._epoch = 0
         self._grace_until = -1.0
+        self._answered = math.inf
+        """When etcd answered last."""
         self._complained = -COMPLAIN_S
         self._reach = Reachability()
         self._addresses: dict[Run, str] = {}
@@ -137,10 +143,11 @@ class Leader:
                     if self._wake.is_set():
                         self._wake = trio.Event()
                         found = await self._store.get(self._keys.leader)
+                        self._note_answer()
                     if await self._try_to_win(found):
                         break
                 except UnreachableError as error:
-                    self._note_outage(error)
+                    self._complain("membership stands still: %s", error)
                     pause_s = RETRY_S
                 except ProtocolError as error:
                     self._complain("cannot follow the leader: %s", error)
@@ -238,12 +245,13 @@ class Leader:
         self._wake = trio.Event()
         try:
             seen = await look(self._store, self._keys, self._seen, self._revision, self._complain)
+            self._note_answer()
             if seen is None:
                 return False
             self._seen = seen
             await self._decide(seen)
         except UnreachableError as error:
-            self._note_outage(error)
+            self._complain("membership stands still: %s", error)
         except ProtocolError as error:
             self._complain("cannot lead: %s", error)
         return True
@@ -317,10 +325,13 @@ class Leader:
             self._epoch = cluster_map.epoch
             self._on_map(cluster_map)
 
-    def _note_outage(self, error: UnreachableError) -> None:
-        # Each daemon renews within a third of the lease, and tries again every second.
-        self._grace_until = trio.current_time() + ALIVE_TTL_S
-        self._complain("membership stands still: %s", error)
+    def _note_answer(self) -> None:
+        """See whether etcd was away: answers that came late tell of it as errors do."""
+        now = trio.current_time()
+        if now - self._answered > AWAY_S:
+            # Each daemon notices within a call's deadline, and tries again every second.
+            self._grace_until = now + ALIVE_TTL_S
+        self._answered = now
 
     def _complain(self, message: str, error: SheepError) -> None:
         """Log what lasts, but not at every round (I12)."""

@@ -46,6 +46,8 @@ class Replica(Comparing):
         on_disk_error: Callable[[SheepError], None],
     ) -> None:
         super().__init__(store, node, incarnation, nursery, on_disk_error)
+        self.holders: dict[int, str] = {}
+        """VDI -> name of the client that fenced all others, as far as this run knows."""
         self.handlers = {
             Op.READ: self._read,
             Op.WRITE: self._change,
@@ -217,6 +219,7 @@ class Replica(Comparing):
         check_write_token(header, self.tokens)
         # In memory first: not one more old write while the disk is busy making it durable.
         self.tokens[header.vdi] = max(header.token, self.tokens.get(header.vdi, 0))
+        self.holders[header.vdi] = client.name
         self._nursery.start_soon(self._fence_durably, client, header)
 
     async def _fence_durably(self, client: Client, header: Header) -> None:

@@ -42,6 +42,8 @@ class Client(Protocol):
 
     received_ns: int
     """When the request that is being carried out was there."""
+    name: str
+    """The same on all connections of one program."""
 
     def reply(
         self, header: Header, payload: Buffer = b"", status: Status = Status.OK, **fields: int

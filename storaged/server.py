@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import struct
 from collections.abc import Callable
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 MAX_HELD_BYTES = 32 << 20
 HELLO_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 4096
+SILENT_S = 5.0
+"""A client that sent no ping for longer may be gone, though its connection is not."""
 COMPLAINTS = 20
 COMPLAIN_EVERY_S = 10.0
 """At most so many lines about bad connections in so many seconds."""
@@ -55,6 +58,8 @@ class ClientConnection:
         self.peer = peer
         self.name = ""
         self.wants_maps = False
+        self.pinged = -math.inf
+        """When it last sent a ping, as mounts and daemons do each second."""
         self.last_request = 0
         self.hold = connection.hold
         self._traffic = traffic
@@ -154,6 +159,11 @@ class Server:
         self._greet = greet
         self._complaints = 0
         self._complaints_since = float("-inf")
+
+    def is_present(self, name: str) -> bool:
+        """Tell whether the client of a name is connected, and not silent."""
+        since = trio.current_time() - SILENT_S
+        return any(client.name == name and client.pinged > since for client in self.clients)
 
     def publish(self, cluster_map: ClusterMap) -> None:
         """Send a new map to every client that asked for maps."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from sheepfs.abandoned import abandoned, level
+from sheepfs.abandoned import abandoned, is_in_use, level
 from sheepfs.cluster import Cluster
 from sheepfs.core.errors import (
     CorruptError,
@@ -175,6 +175,8 @@ class ClusterCheck:
 
     async def _level_unclean(self) -> None:
         for vdi in await abandoned(self._cluster):
+            if await is_in_use(self._cluster, vdi):
+                continue
             with suppress(VdiNotFoundError, HeldElsewhereError):
                 await level(self._cluster, vdi)
 

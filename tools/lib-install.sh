@@ -92,6 +92,8 @@ want_test_tools() {
     want qemu-system-x86 has_command qemu-system-x86_64
     want qemu-utils has_command qemu-io
     want e2fsprogs has_command mkfs.ext4
+    want iproute2 has_command ip
+    want iptables has_command iptables
     want busybox-static has_package busybox-static
     want cpio has_command cpio
     want shellcheck has_command shellcheck

@@ -152,12 +152,12 @@ class LocalCluster:
 
     def _describe(self) -> None:
         """Make the process descriptions from the ports."""
-        port = self.ports.get
-        client, peer = f"http://127.0.0.1:{port('etcd')}", f"http://127.0.0.1:{port('etcd-peer')}"
+        client, peer = (f"http://{self.address(name)}" for name in ("etcd", "etcd-peer"))
         self.etcd = ManagedProcess(
             "etcd",
             self.run,
             [
+                *self.enter("etcd"),
                 *("etcd", "--name=local", f"--data-dir={self.directory / 'etcd'}"),
                 *(f"--listen-client-urls={client}", f"--advertise-client-urls={client}"),
                 *(f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}"),
@@ -170,9 +170,10 @@ class LocalCluster:
                 f"node{number}",
                 self.run,
                 [
+                    *self.enter(f"node{number}"),
                     *(sys.executable, "-m", "storaged.main", str(self.node_directory(number))),
-                    *("--listen", f"127.0.0.1:{port(f'node{number}')}", *self.options),
-                    *("--metrics", f"127.0.0.1:{port(f'node{number}-metrics')}"),
+                    *("--listen", self.address(f"node{number}"), *self.options),
+                    *("--metrics", f"127.0.0.1:{self.ports.get(f'node{number}-metrics')}"),
                     *self.node_options,
                 ],
                 self.env,
@@ -182,15 +183,23 @@ class LocalCluster:
 
     # What others need to know ---------------------------------------------------------------
 
+    def address(self, name: str) -> str:
+        """host:port at which a process listens."""
+        return f"127.0.0.1:{self.ports.get(name)}"
+
+    def enter(self, name: str) -> list[str]:
+        """Words before a process's command line: they take it to where it runs."""
+        return []
+
     @property
     def etcd_address(self) -> str:
         """host:port for SHEEPFS_ETCD."""
-        return f"127.0.0.1:{self.ports['etcd']}"
+        return self.address("etcd")
 
     @property
     def options(self) -> list[str]:
         """Options that every program of sheepfs takes to find this cluster."""
-        return ["--etcd", f"127.0.0.1:{self.ports.get('etcd')}", "--cluster", self.cluster]
+        return ["--etcd", self.etcd_address, "--cluster", self.cluster]
 
     def node_directory(self, number: int) -> Path:
         """Data directory of a storage daemon."""
@@ -201,7 +210,10 @@ class LocalCluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run `sheepctl` on this cluster; its output is captured."""
         done = subprocess.run(
-            [sys.executable, "-m", "sheepfs_tools.sheepctl", *self.options, *arguments],
+            [
+                *self.enter("sheepctl"),
+                *(sys.executable, "-m", "sheepfs_tools.sheepctl", *self.options, *arguments),
+            ],
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -239,9 +251,10 @@ class LocalCluster:
         if self.etcd.pid is None:
             (self.directory / "etcd").mkdir(mode=0o700, parents=True, exist_ok=True)
             self.etcd.start()
-        self.etcd.wait_ready(self._etcd_healthy, 30)
+        self.etcd.wait_ready(self.is_etcd_healthy, 30)
 
-    def _etcd_healthy(self) -> bool:
+    def is_etcd_healthy(self) -> bool:
+        """Tell whether etcd answers."""
         try:
             with urllib.request.urlopen(f"http://{self.etcd_address}/health", timeout=1) as reply:
                 return b"true" in reply.read()
@@ -258,13 +271,13 @@ class LocalCluster:
 
     def wait_node(self, number: int) -> None:
         """Wait until the daemon accepts connections (it listens once it has joined)."""
+        self.nodes[number].wait_ready(lambda: self.is_listening(f"node{number}"), 30)
 
-        def listening() -> bool:
-            with socket.socket() as probe:
-                probe.settimeout(1)
-                return probe.connect_ex(("127.0.0.1", self.ports[f"node{number}"])) == 0
-
-        self.nodes[number].wait_ready(listening, 30)
+    def is_listening(self, name: str) -> bool:
+        """Tell whether a process accepts connections."""
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            return probe.connect_ex(("127.0.0.1", self.ports[name])) == 0
 
     def _add_mount(self, path: Path) -> ManagedProcess:
         name = "mount" if not self.mounts else f"mount{len(self.mounts) + 1}"
@@ -284,6 +297,7 @@ class LocalCluster:
                 unmount_lazily(path)
             path.mkdir(parents=True, exist_ok=True)
             process.argv = [
+                *self.enter(process.name),
                 *(sys.executable, "-m", "sheepfs.mount", str(path), "-f", *self.options),
                 *("--metrics", f"127.0.0.1:{self.ports[metrics]}"),
             ]

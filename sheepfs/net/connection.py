@@ -54,6 +54,8 @@ class Connection:
         self.frame_limit = MAX_HELLO
         self.queued_bytes = 0
         """Bytes held for the peer: replies not yet sent, requests not yet answered."""
+        self.received_bytes = 0
+        """In all; as long as it grows, the peer is not silent."""
         self.pause_above_bytes = 1 << 62
         """Stop reading while more is held: bounds the memory that a peer can take."""
         self.closed = False
@@ -197,6 +199,7 @@ class Connection:
                     raise ProtocolError("the peer closed in the middle of a frame")
                 return
             self._end += received
+            self.received_bytes += received
             if self._end == len(self._buffer) < _BATCH_BUFFER:
                 self._grow(2 * len(self._buffer))
             turns += 1

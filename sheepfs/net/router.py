@@ -4,6 +4,8 @@ Always holds:
 - `map` only moves to higher epochs of the same cluster.
 - A link in `links` goes to the incarnation that the map names; to another one, nothing is sent.
 - A node that cannot be reached is reported to the leader, by way of every node that can be.
+- A connection over which nothing comes is given up for a new one: when a network is whole again
+  after a long cut, TCP repeats what was lost only after as long a time once more.
 """
 
 from __future__ import annotations
@@ -232,9 +234,10 @@ class Router:
                     connection.wake_writer()
 
     async def _ping(self, link: Link) -> None:
-        """Notice a node that went silent: report it while its connection still looks alive."""
+        """Notice a node that went silent while its connection still looks alive."""
         while True:
             await trio.sleep(PING_EVERY_S)
+            received_bytes = link.connection.received_bytes
             try:
                 await link.call(Op.PING, timeout_s=PING_TIMEOUT_S)
             except SheepError:
@@ -242,6 +245,9 @@ class Router:
                 if node is not None and not link.lost:
                     log.warning("node %d does not answer", link.node)
                     self.report(node)
+                    if link.connection.received_bytes == received_bytes:
+                        # Not merely slow: else all that is under way would be sent anew.
+                        link.close()
 
     def report(self, node: Node) -> None:
         """Tell the leader, by way of everyone, that a node's incarnation cannot be reached."""

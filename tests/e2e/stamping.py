@@ -10,6 +10,7 @@ import os
 import random
 import struct
 import sys
+import time
 from pathlib import Path
 
 BLOCK = 4096
@@ -20,7 +21,11 @@ STAMP = struct.Struct("<QQ")
 
 
 def main(path: Path, log: Path, seed: int, number: int) -> None:
-    """Run until an error. In the log: `w BLOCK NUMBER` before each write, `f` after each fsync."""
+    """Run until an error.
+
+    In the log: `w BLOCK NUMBER` before each write, `d` after it, `f` after each fsync, `e ERRNO` at
+    the end; each with the time (monotonic, in seconds) behind it.
+    """
     rng = random.Random(seed)
     fd = os.open(path, os.O_RDWR | os.O_DIRECT)
     buffer = mmap.mmap(-1, BLOCK)
@@ -30,13 +35,14 @@ def main(path: Path, log: Path, seed: int, number: int) -> None:
                 for _ in range(rng.randint(1, 16)):
                     block = rng.randrange(BLOCKS)
                     number += 1
-                    lines.write(f"w {block} {number}\n")
+                    lines.write(f"w {block} {number} {time.monotonic()}\n")
                     buffer[:] = STAMP.pack(block, number) * (BLOCK // STAMP.size)
                     os.pwrite(fd, buffer, block * BLOCK)
+                    lines.write(f"d {time.monotonic()}\n")
                 os.fsync(fd)
-                lines.write("f\n")
+                lines.write(f"f {time.monotonic()}\n")
         except OSError as error:
-            lines.write(f"e {error.errno}\n")
+            lines.write(f"e {error.errno} {time.monotonic()}\n")
 
 
 if __name__ == "__main__":

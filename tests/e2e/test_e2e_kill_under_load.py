@@ -14,10 +14,10 @@ from sheepfs_tools.processes import wait_for
 LONGEST_STALL_S = 2.0
 
 
-def fio_argv(path: Path, block: str, runtime_s: float) -> list[str]:
+def fio_argv(path: Path, block: str, runtime_s: float, size: str = "192M") -> list[str]:
     """Random writes that carry their checksums, all verified at the end."""
     return [
-        *("fio", f"--name=verify{block}", f"--filename={path}", "--size=192M", "--direct=1"),
+        *("fio", f"--name=verify{block}", f"--filename={path}", f"--size={size}", "--direct=1"),
         *("--ioengine=libaio", "--iodepth=8", "--rw=randwrite", f"--bs={block}"),
         *(
             "--verify=crc32c",

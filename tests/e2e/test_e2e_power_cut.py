@@ -119,7 +119,7 @@ class Writer:
         for line in self._log.read_text().splitlines():
             what, *numbers = line.split()
             if what == "w":
-                block, number = map(int, numbers)
+                block, number = map(int, numbers[:2])
                 legal.setdefault(block, {0}).add(number)
             elif what == "f":
                 # What came before it is durable: only the last one of each block counts.

@@ -1,7 +1,8 @@
 """A network in memory, on trio's clock: streams between hosts, with latency, cuts and deaths.
 
-Like TCP it delivers bytes in order or not at all: what a cut link holds up arrives when it is
-mended, unless a side has given the stream up by then. It passes tests/net/test_transport.py.
+Like TCP it delivers bytes in order or not at all: what a cut link holds up is sent again, after
+twice as long each time, and so arrives some time after the link is mended, unless a side has given
+the stream up by then. It passes tests/net/test_transport.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ WINDOW = 4 << 20
 """Bytes on their way in one direction of a stream before its writer must wait."""
 FIRST_PORT = 7000
 ACCEPT_S = 0.0001
+FIRST_REPEAT_S = 0.2
+LAST_REPEAT_S = 120.0
+"""Linux repeats what is not acknowledged after times that double from the one to the other."""
 
 
 class SimNetwork:
@@ -89,10 +93,14 @@ class SimNetwork:
         self._cut.clear()
         self.retry()
 
+    def is_cut(self, source: SimHost, target: SimHost) -> bool:
+        """Tell whether what is sent from one host to another is lost."""
+        return (source.name, target.name) in self._cut
+
     def is_open(self, source: SimHost, target: SimHost) -> bool:
         """Tell whether bytes pass now."""
         return (
-            (source.name, target.name) not in self._cut
+            not self.is_cut(source, target)
             and not source.paused
             and not target.paused
             and target.alive
@@ -257,6 +265,10 @@ class _Direction:
         self.size = 0
         self._last = 0.0
         self._broken = False
+        self._lost: float | None = None
+        """Since when nothing arrives, as the link is cut."""
+        self._resumes = 0.0
+        """When what was lost is sent again."""
         self.network.opened(self)
 
     def put(self, data: bytes | None) -> None:
@@ -271,13 +283,21 @@ class _Direction:
             self.network.at(trio.current_time() + self.network.latency(), self.deliver)
 
     def deliver(self) -> None:
+        now = trio.current_time()
+        if self.network.is_cut(self.source.host, self.target.host):
+            self._lost = now if self._lost is None else self._lost
         if not self.network.is_open(self.source.host, self.target.host):
+            return
+        if self._lost is not None:
+            self._resumes = _next_repeat(self._lost, now)
+            self._lost = None
+            self.network.at(self._resumes, self.deliver)
+        if now < self._resumes:
             return
         if self._broken:
             self.target.break_off()
             self._end()
             return
-        now = trio.current_time()
         while self.on_way and self.on_way[0][0] <= now:
             _, data = self.on_way.popleft()
             if data is None:
@@ -308,6 +328,15 @@ class _Direction:
     def _end(self) -> None:
         self.on_way.clear()
         self.network.ended(self)
+
+
+def _next_repeat(lost: float, now: float) -> float:
+    """Give when TCP sends again what was lost."""
+    at, pause_s = lost, FIRST_REPEAT_S
+    while at <= now:
+        at += pause_s
+        pause_s = min(2 * pause_s, LAST_REPEAT_S)
+    return at
 
 
 class SimTransport:

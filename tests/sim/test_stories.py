@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import trio
 import trio.testing
@@ -63,5 +64,134 @@ def test_a_clone_of_a_vdi_that_was_attached_more_often_takes_all_writes() -> Non
                     await volume.attach()
                 for place in range(3):
                     assert await read_bytes(volume, place * 4 * MIB, 4096) == b"x" * 4096
+
+    tell(story)
+
+
+@asynccontextmanager
+async def flushing(
+    cluster: Cluster, name: str, fault: Callable[[], None]
+) -> AsyncIterator[trio.Event]:
+    """Write and flush beside the block, after a fault; gives what is set when that is done."""
+    async with cluster.opened((await cluster.lookup(name)).id) as volume:
+        await volume.attach()
+        fault()
+        done = trio.Event()
+
+        async def write() -> None:
+            await completion(lambda done: volume.write(0, b"b" * 4096, done))
+            await completion(volume.flush)
+            done.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            yield done
+            await done.wait()
+
+
+def cut_off(world: World, name: str, *others: str) -> None:
+    """Let nothing pass between a host and others."""
+    for other in others:
+        world.network.cut(name, other)
+        world.network.cut(other, name)
+
+
+def test_a_mount_goes_on_soon_after_it_was_cut_off_from_a_node_for_long() -> None:
+    async def story(world: World, cluster: Cluster) -> None:
+        await cluster.catalog.create("v1.raw", 16 * MIB, 3)
+        await change(cluster, "v1.raw", 0, b"a" * 4096)
+        async with flushing(cluster, "v1.raw", lambda: cut_off(world, "mount", "n1")) as done:
+            await trio.sleep(30)
+            assert not done.is_set()
+            world.network.mend()
+            with trio.fail_after(10):
+                await done.wait()
+
+    tell(story)
+
+
+def test_a_flush_does_not_wait_for_a_node_that_has_vanished() -> None:
+    async def story(world: World, cluster: Cluster) -> None:
+        await cluster.catalog.create("v1.raw", 16 * MIB, 3)
+        await change(cluster, "v1.raw", 0, b"a" * 4096)
+        async with cluster.opened((await cluster.lookup("v1.raw")).id) as volume:
+            await volume.attach()
+            await completion(lambda done: volume.write(0, b"b" * 4096, done))
+            cut_off(world, "n3", "n1", "n2", "mount")
+            world.clients["n3"].partition(silent=True)
+            with trio.fail_after(15):
+                await completion(volume.flush)
+            world.clients["n3"].heal()
+            world.network.mend()
+
+    tell(story)
+
+
+def test_the_first_flush_of_a_vdi_waits_for_etcd_and_does_not_fail() -> None:
+    async def story(world: World, cluster: Cluster) -> None:
+        await cluster.catalog.create("v1.raw", 16 * MIB, 3)
+
+        def lose_etcd() -> None:
+            world.etcd.is_down = True
+
+        async with flushing(cluster, "v1.raw", lose_etcd) as done:
+            await trio.sleep(30)
+            assert not done.is_set()
+            world.etcd.elect()
+            with trio.fail_after(10):
+                await done.wait()
+
+    tell(story)
+
+
+def test_no_mount_levels_a_vdi_whose_holder_has_only_lost_etcd() -> None:
+    async def story(world: World, cluster: Cluster) -> None:
+        await cluster.catalog.create("v1.raw", 16 * MIB, 3)
+        other = world.network.host("other")
+        HOST.set(other)
+        async with join(
+            world.etcd_client(other), CLUSTER, "other", stays=True, network=other
+        ) as bystander:
+            HOST.set(world.network.host("mount"))
+            async with cluster.opened((await cluster.lookup("v1.raw")).id) as volume:
+                await volume.attach()
+                await completion(lambda done: volume.write(0, b"a" * 4096, done))
+                await completion(volume.flush)
+                world.clients["mount"].partition(silent=True)
+                await trio.sleep(60)
+                assert not await bystander.holding.is_held(volume.record.id)
+                await completion(lambda done: volume.write(0, b"b" * 4096, done))
+                await completion(volume.flush)
+                world.clients["mount"].heal()
+                with trio.fail_after(10):
+                    while not await bystander.holding.is_held(volume.record.id):
+                        await trio.sleep(0.1)
+                await completion(volume.flush)
+
+    tell(story)
+
+
+def test_a_mount_levels_a_vdi_whose_holder_died() -> None:
+    async def story(world: World, cluster: Cluster) -> None:
+        await cluster.catalog.create("v1.raw", 16 * MIB, 3)
+        dead = world.network.host("dead")
+        HOST.set(dead)
+        with trio.CancelScope() as life:
+            async with join(world.etcd_client(dead), CLUSTER, "dead", network=dead) as dying:
+                volume = await dying.open((await dying.lookup("v1.raw")).id)
+                assert isinstance(volume, Volume)
+                await volume.attach()
+                await completion(lambda done: volume.write(0, b"a" * 4096, done))
+                dead.die(silent=True)
+                volume.fence("its mount was killed")
+                life.cancel()
+                await trio.lowlevel.checkpoint()
+        other = world.network.host("other")
+        HOST.set(other)
+        async with join(world.etcd_client(other), CLUSTER, "other", stays=True, network=other):
+            with trio.fail_after(60):
+                while not (await cluster.catalog.vdi("v1.raw"))[0].clean:
+                    await trio.sleep(0.1)
+        HOST.set(world.network.host("mount"))
 
     tell(story)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import trio
 from trio.testing import MockClock
@@ -12,7 +13,7 @@ from sheepfs.core.errors import UnreachableError
 from sheepfs.core.kv import Delete, Put, Transaction
 from sheepfs.core.metadata import AcceptedLoss, ClusterConfig, Keys, NodeWish, Record
 from storaged.leader import Leader
-from storaged.membership import Announcer
+from storaged.membership import ALIVE_TTL_S, Announcer
 from storaged.recovery import JoinedGroup
 
 KEYS = Keys("test")
@@ -344,6 +345,26 @@ async def test_no_map_is_made_in_an_etcd_that_has_lost_the_cluster(
         await until(lambda: len(cluster.leaders()) == 1 and KEYS.leader in cluster.server.keys)
         await trio.sleep(20)
         assert KEYS.map not in cluster.server.keys
+
+
+async def test_an_outage_of_etcd_that_ends_before_a_call_fails_changes_nothing_either(
+    autojump_clock: MockClock,
+) -> None:
+    async with cluster_of(3) as cluster:
+        before = cluster.map
+        answers_at = trio.current_time() + ALIVE_TTL_S + 0.5
+        for delay_s, daemon in enumerate(cluster.running.values()):
+            for name in ("get", "list", "commit", "grant", "keep_alive"):
+                call, at = getattr(daemon.store, name), answers_at + delay_s
+
+                async def late(*arguments: object, call: Any = call, at: float = at) -> object:
+                    await trio.sleep_until(at)
+                    return await call(*arguments)
+
+                setattr(daemon.store, name, late)
+        await trio.sleep(20)
+        assert len(cluster.leaders()) == 1
+        assert cluster.map == before
 
 
 async def test_a_commit_whose_reply_was_lost_is_found_and_published(
