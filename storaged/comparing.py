@@ -95,8 +95,7 @@ class Comparing(Copies):
         if entry.suspect:
             self._when_trusted(client, header, payload)
             return
-        size = min(end - header.offset, entry.blocks * BLOCK_SIZE)
-        if header.flags & FLAG_YIELD and not self.pacer.may_serve(size):
+        if header.flags & FLAG_YIELD and not self.pacer.may_serve(header.span):
             raise Refusal(Status.BUSY, "clients come first")
         self.hold(header.oid)
         self._nursery.start_soon(self._export, client, header, bytes(payload))
@@ -112,6 +111,8 @@ class Comparing(Copies):
 
         try:
             found, body = await trio.to_thread.run_sync(export)
+            if header.flags & FLAG_YIELD:
+                self.pacer.served(header.span, len(body))
             client.reply(header, body, version=found.version, span=found.lineage)
         except SheepError as error:
             self.fail(client, header, error)

@@ -16,6 +16,11 @@ LOOK_FOR_S = 2.0
 """So long after the last object the node is looked at; then nothing runs here."""
 
 
+def cost(read_bytes: int, moved_bytes: int) -> int:
+    """Give what comparing so many bytes costs, of which only some moved."""
+    return min(read_bytes, max(moved_bytes, read_bytes // 8))
+
+
 class Pacer:
     """The pace of one node's recovery.
 
@@ -74,6 +79,10 @@ class Pacer:
     def may_serve(self, size_bytes: int) -> bool:
         """Tell whether a peer's pull of so much may be served now."""
         return not self._serving.take(self._look(), size_bytes)
+
+    def served(self, size_bytes: int, moved_bytes: int) -> None:
+        """Of what `may_serve` let through, so much moved."""
+        self._serving.give_back(size_bytes - cost(size_bytes, moved_bytes))
 
     def _look(self) -> float:
         """Have the node looked at for a while; give the time."""

@@ -28,6 +28,7 @@ from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
 from sheepfs.core.wire import FLAG_YIELD, Header, Op
 from sheepfs.net.link import Link
 from storaged.comparing import decode_layout
+from storaged.pacing import cost
 from storaged.replica import Replica
 from storaged.store.entry import sibling
 from storaged.store.format import BITMAP_SIZE, EMPTY_TABLE
@@ -40,6 +41,9 @@ RETRY_DELAY_S = 0.1
 PATIENCE_S = 2.0
 """How long a pull waits for a peer to be reachable: requests on the object wait meanwhile."""
 WITNESS_EVERY_S = 0.002
+YIELD_S = 0.05
+YIELD_PATIENCE_S = 10.0
+"""How often, and how long, a source that yields to clients is asked for the same piece."""
 
 
 class Peers(Protocol):
@@ -187,13 +191,8 @@ class Pulling:
         pieces: list[tuple[Header, bytes]] = []
         size = pacer.piece_bytes
         for offset in range(0, OBJECT_SIZE, size):
-            await pacer.turn(size)
-            unused = size
             try:
-                header, body = await self._ask(
-                    link, oid, pool, pg, hashes, FLAG_YIELD, offset=offset, span=size
-                )
-                unused -= min(size, len(body))
+                header, body = await self._ask_in_turn(link, oid, pool, pg, hashes, offset, size)
             except ObjectNotFoundError:
                 await replica.take(oid)
                 try:
@@ -204,8 +203,6 @@ class Pulling:
                 finally:
                     replica.release(oid)
                 raise
-            finally:
-                pacer.give_back(unused)
             pieces.append((header, body))
             if (header.version, header.span) != (pieces[0][0].version, pieces[0][0].span):
                 return False
@@ -218,6 +215,30 @@ class Pulling:
         finally:
             replica.release(oid)
         return True
+
+    async def _ask_in_turn(
+        self, link: Link, oid: int, pool: int, pg: int, hashes: bytes, offset: int, size: int
+    ) -> tuple[Header, bytes]:
+        """Ask for a piece when it is this node's turn, and the source's."""
+        pacer = self._replica.pacer
+        give_up = trio.current_time() + YIELD_PATIENCE_S
+        while True:
+            await pacer.turn(size)
+            used = 0
+            try:
+                header, body = await self._ask(
+                    link, oid, pool, pg, hashes, FLAG_YIELD, offset=offset, span=size
+                )
+                used = cost(size, len(body))
+                return header, body
+            except UnreachableError:
+                raise
+            except RetryableError:
+                if trio.current_time() > give_up or link.lost:
+                    raise
+            finally:
+                pacer.give_back(size - used)
+            await trio.sleep(YIELD_S)
 
     async def _hashes(self, oid: int) -> bytes:
         if self._replica.store.get(oid) is None:

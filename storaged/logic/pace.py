@@ -9,12 +9,12 @@ Pure. Always holds:
 
 from __future__ import annotations
 
-FLOOR = float(4 << 20)
-START = float(8 << 20)
+FLOOR = float(8 << 20)
+START = float(16 << 20)
 CEILING = float(2 << 30)
 """Bytes per second: the least, what is tried first beside clients, and as good as no limit."""
 IDLE_S = 0.5
-LATE_S = 0.003
+LATE_S = 0.008
 """An event loop that is late by more makes clients wait."""
 LESS = 0.7
 """What is left of the rate after a look that found the node late."""

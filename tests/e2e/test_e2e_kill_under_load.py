@@ -45,7 +45,7 @@ def test_fio_sees_no_error_and_no_long_stall_while_a_daemon_is_killed_and_restar
 ) -> None:
     mounted.cluster.sheepctl("node", "patience", "--longest", "0")
     kills = 10 if soak else 2
-    runtime_s = 60.0 if soak else 15.0
+    runtime_s = 60.0 if soak else 20.0
     name = f"load{block}"
     path = mounted.create(name, "256M")
     fio = subprocess.Popen(
