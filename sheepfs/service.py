@@ -1,4 +1,4 @@
-"""What programs need to be good services: readiness, logging, common options, an end."""
+"""What programs need to be good services: readiness, common options, an end."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_the_longest_frames_are_taken() -> None:
 
 def test_operations_keep_their_numbers() -> None:
     assert [op.value for op in Op][:22] == list(range(1, 23))
-    assert int(Op.TRAFFIC) == 25
+    assert Op["TRAFFIC"].value == 25
     assert [op.name for op in Op][:17] == [
         *("HELLO", "PING", "MAP", "READ", "WRITE", "PUNCH", "FLUSH", "DELETE", "STAT"),
         *("EXTENTS", "PULL", "REPAIR", "LIST", "FENCE", "REPORT", "JOINED", "STATUS"),
