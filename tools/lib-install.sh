@@ -92,6 +92,8 @@ want_test_tools() {
     want qemu-system-x86 has_command qemu-system-x86_64
     want qemu-utils has_command qemu-io
     want e2fsprogs has_command mkfs.ext4
+    want xfsprogs has_command mkfs.xfs
+    want sqlite3 has_command sqlite3
     want busybox-static has_package busybox-static
     want cpio has_command cpio
     want shellcheck has_command shellcheck

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sheepfs import changes
+from sheepfs import changes, flusher
 from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.wire import Header
 from storaged import recovery, replica
@@ -101,11 +101,17 @@ def level_from_the_stale_side(put: Put) -> None:
     put(leader, "_next_group", next_group)
 
 
+def tell_a_loss_once(put: Put) -> None:
+    """When unflushed writes were lost, one flush fails, and the next ones succeed."""
+    put(flusher.Flusher, "_lost", property(lambda self: 0, lambda self, code: None))
+
+
 PLANTED: dict[str, Callable[[Put], None]] = {
     plant.__name__: plant
     for plant in (
         acknowledge_early, skip_epoch_check, serve_before_caught_up, forget_dirty_marks,
         retry_failed_sync, delete_strays_unconfirmed, level_from_the_stale_side,
+        tell_a_loss_once,
     )
 }  # fmt: skip
 
