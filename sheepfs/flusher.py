@@ -4,6 +4,8 @@ Always holds:
 - A map page is stored only after what it names is durable on all members (DESIGN section 6).
 - Flushes asked for while one runs share the next one.
 - A failed flush that nobody waited for is told to the next one who asks: it is never lost.
+- Once writes were lost, every flush fails until the VDI is let go, though it is carried out: nobody
+  here knows which programs (of a guest, say) wrote what is gone, and each of them flushes.
 """
 
 from __future__ import annotations
@@ -69,6 +71,8 @@ class Flusher:
         self._pausing = 0
         self._freed = trio.Event()
         self._unreported = 0
+        self._lost = 0
+        """Once writes were lost: what every flush is answered with."""
         self.discarded: dict[int, int] = {}
         """Objects made holes -> their last version; deleted once the map is durable."""
 
@@ -85,7 +89,7 @@ class Flusher:
     def _start_directly(self, done: Completed) -> bool:
         """Where only data is to be flushed, the most frequent case, no task need wake up."""
         more = self._map.is_dirty or self.discarded or not self._is_saved()
-        if more or self._unreported or self._pausing:
+        if more or self._unreported or self._lost or self._pausing:
             return False
 
         def flushed(good: bool) -> None:
@@ -159,6 +163,7 @@ class Flusher:
             log.error("%s: flush failed: %s", self._name, error)
             if isinstance(error, LostWritesError):
                 self._replicator.unflushed.told()
+                self._lost = to_errno(error)
             return to_errno(error)
         return 0
 
@@ -167,7 +172,7 @@ class Flusher:
         if not waiters:
             self._unreported = code or self._unreported
             return
-        code, self._unreported = code or self._unreported, 0
+        code, self._unreported = code or self._unreported or self._lost, 0
         for done in waiters:
             done(code)
 

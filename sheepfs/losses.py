@@ -7,8 +7,8 @@ Always holds:
 - A copy of a frozen object is given up: of what was changed in it, the old bytes are not in it.
 - Other objects that survived stay: nodes that were only started anew together have lost nothing.
 - Changes under way when the loss is noticed fail: they build on what may be gone.
-- Until this is done no flush succeeds, so no map that names what is gone is ever stored; and the
-  first one then tells of the loss (sheepfs.unflushed).
+- Until this is done no flush is carried out, so no map that names what is gone is ever stored; from
+  then on each one tells of the loss until the VDI is let go (sheepfs.flusher).
 """
 
 from __future__ import annotations

@@ -94,6 +94,8 @@ want_test_tools() {
     want e2fsprogs has_command mkfs.ext4
     want iproute2 has_command ip
     want iptables has_command iptables
+    want xfsprogs has_command mkfs.xfs
+    want sqlite3 has_command sqlite3
     want busybox-static has_package busybox-static
     want cpio has_command cpio
     want shellcheck has_command shellcheck

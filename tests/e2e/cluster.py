@@ -13,7 +13,7 @@ from typing import Any
 
 from sheepfs.core.geometry import OBJECT_SIZE
 from sheepfs_tools.local_cluster import LocalCluster
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.processes import StartError, wait_for
 
 SETTLE_S = 60.0
 
@@ -48,7 +48,10 @@ class Mounted:
     def wait_healthy(self, deadline_s: float = SETTLE_S) -> None:
         """Wait until all three nodes are active and no group is degraded or catching up."""
 
+        status: dict[str, Any] = {}
+
         def healthy() -> bool:
+            nonlocal status
             status = self.status()
             nodes = status.get("nodes", [])
             pools = status.get("pools", [])
@@ -58,7 +61,10 @@ class Mounted:
                 and all(p["whole"] == p["groups"] and not p["joining"] for p in pools)
             )
 
-        wait_for(healthy, deadline_s, "the cluster to be healthy")
+        try:
+            wait_for(healthy, deadline_s, "the cluster to be healthy")
+        except StartError as error:
+            raise StartError(f"{error}: {json.dumps(status)[:3000]}") from error
 
     def create(self, name: str, size: str, copies: int = 3) -> Path:
         """Make a VDI and give its file in the mount."""
@@ -66,6 +72,12 @@ class Mounted:
         path = self.path / f"{name}.raw"
         wait_for(path.exists, 5, f"{path} to appear")
         return path
+
+    def holder(self, name: str) -> str | None:
+        """Tell who holds a VDI."""
+        done = self.cluster.sheepctl("vdi", "info", name, "--json")
+        holder: str | None = json.loads(done.stdout)["held_by"]
+        return holder
 
     def assert_replicas_agree(self, name: str) -> dict[str, Any]:
         """Let `sheepctl vdi check` read every replica, and compare the object files too."""

@@ -31,9 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Put the ends of the programs' logs into the report of a failed test."""
     report = yield
-    if report is not None and report.failed and "mounted" in getattr(item, "funcargs", {}):
-        cluster: LocalCluster = item.funcargs["mounted"].cluster
-        for process in cluster.processes():
+    if report is not None and report.failed:
+        fixtures = getattr(item, "funcargs", {})
+        mounted = getattr(fixtures.get("powered"), "mounted", fixtures.get("mounted"))
+        cluster: LocalCluster | None = getattr(mounted, "cluster", None)
+        for process in cluster.processes() if cluster else ():
             report.sections.append((f"log of {process.name}", process.last_words(60)))
     return report
 

@@ -18,7 +18,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 KERNEL_DIRECTORY = REPOSITORY / ".cache" / "guest-kernel"
 MODULES = ("virtio_pci", "virtio_blk", "ext4")
-PROGRAMS = ("mkfs.ext4", "e2fsck")
+PROGRAMS = ("mkfs.ext4", "e2fsck", "sqlite3")
+PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 DRIVE = "cache=none,discard=unmap,detect-zeroes=unmap"
 DONE = "GUEST-DONE"
 """Printed on the console when every step succeeded."""
@@ -28,6 +29,22 @@ INIT = r"""#!/bin/busybox sh
 mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev
 for module in $(cat /modules/order); do insmod /modules/$module; done
 fail() { echo "GUEST-FAILED: $*"; poweroff -f; }
+# What row n holds, in SQL: its number, with up to 3,200 zeros before it.
+payload="printf('%0*d', 200 + n * 37 % 3000, n)"
+# One commit after the other into database $1, in journal mode $1 with `synchronous` $2; each is
+# told once it is durable.
+commit() {
+    i=$(sqlite3 /mnt/$1.db "SELECT n + 1 FROM last") || fail "read $1"
+    {
+        echo "PRAGMA journal_mode=$1; PRAGMA synchronous=$2; PRAGMA wal_autocheckpoint=30;"
+        while :; do
+            echo "BEGIN; INSERT INTO rows SELECT n, $payload FROM (SELECT $i AS n);"
+            echo "UPDATE last SET n = $i; COMMIT; SELECT 'COMMITTED $1 $i';"
+            i=$((i + 1))
+        done
+    } | sqlite3 -bail /mnt/$1.db
+    echo "ENDED $1"
+}
 test -b /dev/vda || fail "no /dev/vda"
 case $(cat /proc/cmdline) in
 *task=write*)
@@ -59,6 +76,27 @@ case $(cat /proc/cmdline) in
     rm /mnt/big && sync || fail "delete"
     fstrim -v /mnt || fail fstrim
     ;;
+*task=commit*)
+    case $(cat /proc/cmdline) in *new*) mkfs.ext4 -q -F /dev/vda || fail mkfs ;; esac
+    # The journal is replayed by the kernel; after that there is nothing to mend.
+    mount -t ext4 /dev/vda /mnt && umount /mnt || fail "mount to replay"
+    e2fsck -f -n /dev/vda || fail e2fsck
+    mount -t ext4 -o discard,errors=remount-ro /dev/vda /mnt || fail mount
+    for name in wal truncate delete; do
+        sqlite3 /mnt/$name.db "CREATE TABLE IF NOT EXISTS rows(n INTEGER PRIMARY KEY, payload);
+            CREATE TABLE IF NOT EXISTS last(n);
+            INSERT INTO last SELECT 0 WHERE NOT EXISTS (SELECT * FROM last);" || fail "make $name"
+        found=$(sqlite3 -separator ' ' /mnt/$name.db "PRAGMA integrity_check;
+            SELECT (SELECT n FROM last), count(*), coalesce(max(n), 0),
+            count(CASE WHEN payload <> $payload THEN 1 END) FROM rows;") || fail "read $name"
+        echo "FOUND $name" $found
+    done
+    commit wal full &
+    commit truncate full &
+    commit delete extra &
+    wait
+    fail "no database takes commits"
+    ;;
 esac
 umount /mnt || fail umount
 e2fsck -f -n /dev/vda || fail e2fsck
@@ -84,13 +122,7 @@ class Guest:
             subprocess.TimeoutExpired: the guest neither finished nor failed in time.
         """
         done = subprocess.run(
-            [
-                *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-m", "512", "-nodefaults"),
-                *("-display", "none", "-no-reboot", "-serial", "stdio"),
-                *("-kernel", str(self.kernel), "-initrd", str(self.initramfs)),
-                *("-append", f"console=ttyS0 quiet panic=-1 task={task}"),
-                *("-drive", f"file={disk},format=raw,if=virtio,{DRIVE}"),
-            ],
+            self._argv(disk, task),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -98,6 +130,30 @@ class Guest:
             check=False,
         )
         return done.stdout.decode(errors="replace")
+
+    def boot(self, disk: Path, task: str, console: Path) -> subprocess.Popen[bytes]:
+        """Boot with `disk` as /dev/vda, to do a task of `INIT`; the console goes to a file."""
+        with console.open("wb") as log:
+            return subprocess.Popen(
+                self._argv(disk, task), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def _argv(self, disk: Path, task: str) -> list[str]:
+        return [
+            *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-m", "512", "-nodefaults"),
+            *("-display", "none", "-no-reboot", "-serial", "stdio"),
+            *("-kernel", str(self.kernel), "-initrd", str(self.initramfs)),
+            *("-append", f"console=ttyS0 quiet panic=-1 task={task}"),
+            *("-drive", f"file={disk},format=raw,if=virtio,{DRIVE}"),
+        ]
+
+
+def missing_for_guest() -> str:
+    """Say why no guest can be run here; empty when it can."""
+    for program in ("qemu-system-x86_64", "cpio", *PROGRAMS):
+        if shutil.which(program, path=PATH) is None:
+            return f"{program} is not installed"
+    return "" if kernel_image() else "no guest kernel: tools/test fetches it"
 
 
 def kernel_image() -> Path | None:
@@ -155,9 +211,9 @@ def build_guest(directory: Path) -> Guest:
     init.write_text(INIT)
     init.chmod(init.stat().st_mode | stat.S_IXUSR)
     for name in PROGRAMS:
-        program = shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
+        program = shutil.which(name, path=PATH)
         if program is None:
-            raise FileNotFoundError(f"{name} is not installed (e2fsprogs)")
+            raise FileNotFoundError(f"{name} is not installed")
         shutil.copy(program, root / "bin" / name)
         for library in libraries(program):
             place = root / str(library).lstrip("/")

@@ -1,14 +1,17 @@
-"""Disks that lose power: a file system in a file, shut down without flushing its log."""
+"""Clusters that lose power: their disks are file systems, shut down without flushing the log."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
+import signal
 import struct
 import subprocess
 from pathlib import Path
 
+from e2e.cluster import Mounted
+from sheepfs_tools.local_cluster import LocalCluster
 from sheepfs_tools.processes import wait_for
 
 _SHUTDOWN = 0x8004587D
@@ -55,6 +58,61 @@ class LosableDisk:
     def unmount(self) -> None:
         """Take it away; whoever used it has ended, and what it had under way ends soon."""
         wait_for(lambda: not _try("umount", self.path), 30, f"{self.path} to be free")
+
+
+class Powered:
+    """A mounted cluster whose nodes have disks of their own."""
+
+    def __init__(self, directory: Path, kind: str) -> None:
+        cluster = LocalCluster(directory / "data")
+        cluster.directory.mkdir(parents=True)
+        self.disks = {}
+        for number in cluster.nodes:
+            disk = LosableDisk(directory / f"{number}.img", directory / f"disk{number}", kind)
+            (disk.path / "data").mkdir()
+            cluster.node_directory(number).symlink_to(disk.path / "data")
+            self.disks[number] = disk
+        self.mounted = Mounted(cluster, directory / "mnt")
+
+    def cut(self, *numbers: int) -> None:
+        """Cut the power of these nodes, and bring it back."""
+        for number in numbers:
+            self.disks[number].cut()
+        for number in numbers:
+            self.mounted.cluster.nodes[number].kill()
+        for number in numbers:
+            self.disks[number].unmount()
+            self.disks[number].mount()
+            self.mounted.cluster.start_node(number, wait=False)
+        self.mounted.wait_healthy()
+
+    def cut_all(self, user: subprocess.Popen[bytes], *, etcd: bool) -> None:
+        """Cut the power of the whole site, and bring it back; `user` stays dead.
+
+        Args:
+            user: a program that has files of the mount open.
+            etcd: whether etcd is killed as well.
+        """
+        cluster = self.mounted.cluster
+        for disk in self.disks.values():
+            disk.cut()
+        user.kill()
+        dying = [process for process in cluster.processes() if etcd or process is not cluster.etcd]
+        for process in dying:
+            process.signal(signal.SIGKILL)
+        for process in dying:
+            process.kill()
+        user.wait(30)
+        for disk in self.disks.values():
+            disk.unmount()
+            disk.mount()
+        self.mounted.start()
+
+    def destroy(self) -> None:
+        """Take everything away."""
+        self.mounted.cluster.destroy()
+        for disk in self.disks.values():
+            subprocess.run(["umount", disk.path], check=False, capture_output=True)
 
 
 def _try(*argv: str | Path) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from e2e.cluster import Mounted
-from e2e.guest import DONE, Guest, build_guest, kernel_image
+from e2e.guest import DONE, Guest, build_guest, missing_for_guest
 
 
 @pytest.fixture
 def guest(tmp_path: Path) -> Guest:
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("qemu-system-x86_64 is not installed")
-    if kernel_image() is None:
-        pytest.skip("no guest kernel: tools/test fetches it")
+    if reason := missing_for_guest():
+        pytest.skip(reason)
     return build_guest(tmp_path / "guest")
 
 

@@ -11,45 +11,10 @@ from pathlib import Path
 import pytest
 
 from e2e import stamping
-from e2e.cluster import Mounted
-from e2e.power import LosableDisk, missing
+from e2e.power import Powered, missing
 from e2e.stamping import BLOCK, STAMP
 from e2e.test_e2e_kill_under_load import fio_argv
-from sheepfs_tools.local_cluster import LocalCluster
 from sheepfs_tools.processes import wait_for
-
-
-class Powered:
-    """A mounted cluster whose nodes have disks of their own."""
-
-    def __init__(self, directory: Path, kind: str) -> None:
-        cluster = LocalCluster(directory / "data")
-        cluster.directory.mkdir(parents=True)
-        self.disks = {}
-        for number in cluster.nodes:
-            disk = LosableDisk(directory / f"{number}.img", directory / f"disk{number}", kind)
-            (disk.path / "data").mkdir()
-            cluster.node_directory(number).symlink_to(disk.path / "data")
-            self.disks[number] = disk
-        self.mounted = Mounted(cluster, directory / "mnt")
-
-    def cut(self, *numbers: int) -> None:
-        """Cut the power of these nodes, and bring it back."""
-        for number in numbers:
-            self.disks[number].cut()
-        for number in numbers:
-            self.mounted.cluster.nodes[number].kill()
-        for number in numbers:
-            self.disks[number].unmount()
-            self.disks[number].mount()
-            self.mounted.cluster.start_node(number, wait=False)
-        self.mounted.wait_healthy()
-
-    def destroy(self) -> None:
-        """Take everything away."""
-        self.mounted.cluster.destroy()
-        for disk in self.disks.values():
-            subprocess.run(["umount", disk.path], check=False, capture_output=True)
 
 
 @pytest.fixture(params=["ext4", "xfs"])

@@ -227,11 +227,7 @@ class SimClient:
         """Make durable."""
         issued = self.world.history.event()
         self.say(f"{name} flush {issued}")
-        try:
-            await completion(volume.flush)
-        except SheepError:
-            model.flush_failed()
-            raise
+        await completion(volume.flush)
         self.say(f"{name} flushed {issued}")
         model.flushed(issued)
 

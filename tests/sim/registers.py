@@ -83,7 +83,7 @@ class Register:
         base: values that may be in force from before `log`.
         log: writes since then, by issue.
         claims: complete writes that a loss may have undone. A flush that succeeds says that it
-            has not; one that fails has told of it.
+            has not, whoever was told of a loss by one that failed.
     """
 
     floor: set[int] = field(default_factory=lambda: {ZEROS})
@@ -206,11 +206,6 @@ class Volume:
             register.flushed(issued)
             if not register.log:
                 del self._dirty[sector]
-
-    def flush_failed(self) -> None:
-        """A flush has told that something may be lost."""
-        for sector in self._dirty:
-            self.registers[sector].claims = []
 
     def lost(self, *, holder: bool) -> None:
         """See Register."""

@@ -44,16 +44,18 @@ async def start_all(cluster: StaticCluster, mount: StaticMount) -> None:
 
 
 async def has_mended(mount: StaticMount) -> None:
-    """Flush until it succeeds; the first one must tell of the loss."""
+    """Flushes tell of the loss, and soon the map names only what is left."""
     with pytest.raises(OperationError, match="EIO"):
         await mount.flush()
-    with trio.fail_after(10):
-        while True:
-            try:
-                await mount.flush()
-                return
-            except OperationError:
-                await trio.sleep(0.01)
+    replicator = mount.volume.replicator
+    assert replicator is not None
+    await wait_until(lambda: replicator.unflushed._intact)
+
+
+async def let_go(mount: StaticMount) -> None:
+    """Whoever closes the file is told, too; all is made durable."""
+    with pytest.raises(OperationError, match="EIO"):
+        await mount.volume.detach()
 
 
 async def mount_of(cluster: StaticCluster, etcd: StaticRecord) -> StaticMount:
@@ -74,12 +76,33 @@ async def test_an_object_that_is_gone_is_a_hole_again_and_can_be_made_anew(tmp_p
         assert await here.read(0, BLOCK) == A
         assert await here.read(OBJECT_SIZE, BLOCK) == bytes(BLOCK)
         await here.write(OBJECT_SIZE, C)
-        await here.flush()
-        await here.volume.detach()
+        await let_go(here)
         there = await mount_of(cluster, etcd)
         await there.volume.attach()
         assert await there.read(0, BLOCK) == A
         assert await there.read(OBJECT_SIZE, BLOCK) == C
+
+
+async def test_everybody_who_flushes_after_a_loss_is_told_until_the_vdi_was_let_go(
+    tmp_path: Path,
+) -> None:
+    """In a guest several programs flush: what one of them is told, the others do not know."""
+    async with static_cluster(tmp_path) as (cluster, _):
+        here = await mount_of(cluster, StaticRecord())
+        await here.write(0, A)
+        await here.flush()
+        await here.write(0, B)
+        await here.write(OBJECT_SIZE, C)
+        await lose_power(cluster, here, data_object(LAYER, 1))
+        await has_mended(here)
+        for _ in range(3):
+            with pytest.raises(OperationError, match="EIO"):
+                await here.flush()
+        await let_go(here)
+        await here.volume.attach()
+        assert await here.read(OBJECT_SIZE, BLOCK) == bytes(BLOCK)
+        await here.write(OBJECT_SIZE, C)
+        await here.flush()
 
 
 async def test_a_vdi_whose_writes_were_lost_is_compared_by_its_next_holder(tmp_path: Path) -> None:
@@ -89,7 +112,7 @@ async def test_a_vdi_whose_writes_were_lost_is_compared_by_its_next_holder(tmp_p
         await here.write(0, A)
         await lose_power(cluster, here)
         await has_mended(here)
-        await here.volume.detach()
+        await let_go(here)
         assert not etcd.record.clean
 
 
@@ -106,7 +129,7 @@ async def test_what_only_seemed_lost_stays(tmp_path: Path) -> None:
         await has_mended(here)
         assert await here.read(0, BLOCK) == B
         assert await here.read(OBJECT_SIZE, BLOCK) == C
-        await here.volume.detach()
+        await let_go(here)
         there = await mount_of(cluster, etcd)
         await there.volume.attach()
         assert await there.read(OBJECT_SIZE, BLOCK) == C
@@ -152,7 +175,8 @@ async def test_a_copy_that_is_gone_leaves_the_frozen_object(tmp_path: Path) -> N
         await has_mended(here)
         assert await here.read(0, BLOCK) == A
         await here.write(BLOCK, C)
-        await here.flush()
+        await let_go(here)
+        await here.volume.attach()
         assert await here.read(0, 2 * BLOCK) == A + C
 
 
@@ -183,9 +207,8 @@ async def test_a_map_object_that_is_gone_is_not_named_any_more(tmp_path: Path) -
         await has_mended(here)
         assert await here.read(index * OBJECT_SIZE, BLOCK) == bytes(BLOCK)
         await here.write(index * OBJECT_SIZE, C)
-        await here.flush()
+        await let_go(here)
         assert etcd.record.maps == 3
-        await here.volume.detach()
         there = await mount_of(cluster, etcd)
         await there.volume.attach()
         assert await there.read(index * OBJECT_SIZE, BLOCK) == C
