@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,6 +28,14 @@ VALUES = {
     "bool": st.booleans(),
     "dict[str, str]": st.dictionaries(st.text(max_size=9), st.text(max_size=9)),
 }
+BOUNDED: dict[type[Record], dict[str, st.SearchStrategy[Any]]] = {
+    metadata.RecoveryRecord: {
+        "parallel": st.integers(1, 64),
+        "bandwidth": st.just(0) | st.integers(1 << 20, 2**63),
+        "out_after_s": st.floats(1, 1e9),
+    }
+}
+"""What a record refuses to be made of otherwise."""
 KINDS = [
     kind
     for kind in vars(metadata).values()
@@ -36,7 +45,8 @@ KINDS = [
 
 def records(kind: type[Record]) -> st.SearchStrategy[Record]:
     assert is_dataclass(kind)
-    return st.builds(kind, **{f.name: VALUES[str(f.type)] for f in fields(kind)})
+    values = {f.name: VALUES[str(f.type)] for f in fields(kind)}
+    return st.builds(kind, **{**values, **BOUNDED.get(kind, {})})
 
 
 @pytest.mark.parametrize("kind", KINDS)
