@@ -55,10 +55,10 @@ class Partitioned:
         self.mounted.start()
         self.cluster.mount(self.other)
 
-    def new_vdi(self, name: str) -> str:
+    def new_vdi(self, name: str, size: str = SIZE) -> str:
         """Make a VDI that both mounts show; gives its file's name."""
         self._turn += 1
-        path = self.mounted.create(f"{name}{self._turn}", SIZE)
+        path = self.mounted.create(f"{name}{self._turn}", size)
         wait_for((self.other / path.name).exists, 10, f"{path.name} on the other mount")
         return path.name
 
@@ -76,9 +76,12 @@ class Partitioned:
 
     def fio(self, runtime_s: float) -> subprocess.Popen[str]:
         """Start to write and verify on the first client, on a VDI of its own."""
-        path = self.mounted.path / self.new_vdi("load")
+        mib = 64 if runtime_s < 100 else 384
+        path = self.mounted.path / self.new_vdi("load", f"{mib}M")
+        # Slow enough not to come to the end: it would open the file again, which needs etcd.
+        rate = int(0.8 * mib * 256 / runtime_s)
         fio = subprocess.Popen(
-            fio_argv(path, "4k", runtime_s, "32M"),
+            [*fio_argv(path, "4k", runtime_s, f"{mib}M"), f"--rate_iops={rate}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
