@@ -3,6 +3,8 @@
 Always holds:
 - Reads are plain callbacks; a task is started only for what must wait (a map page, an object
   whose replicas are not known to be equal, a member that cannot answer).
+- A read that meets a loss of unflushed writes waits, and gives what is left: an error would pass,
+  and whoever gets it may not be ready for that.
 - A hole is zeros because the map says so (I3); so is an object that is being created.
 """
 
@@ -17,10 +19,10 @@ import trio
 
 from sheepfs.backend import ReadDone
 from sheepfs.callbacks import Completed
-from sheepfs.core.errors import SheepError, to_errno
-from sheepfs.core.geometry import OBJECT_SIZE, data_object, split
+from sheepfs.core.errors import LostWritesError, SheepError, to_errno
+from sheepfs.core.geometry import OBJECT_SIZE, data_object, index_of, split
 from sheepfs.core.wire import Buffer
-from sheepfs.objects import ObjectReader
+from sheepfs.objects import Later, ObjectReader
 from sheepfs.vdimap import VdiMap
 
 log = logging.getLogger(__name__)
@@ -108,11 +110,23 @@ class MapReader:
         oid = data_object(layer, index)
         opening = self._to_open(oid)
         if opening is None:
-            self._reader.read(oid, within, length, done, self._later)
+            self._reader.read(oid, within, length, done, self._slowly(index, within, length, done))
         else:
             self._later(
                 lambda: self._open_and_read(opening, oid, within, length, done), failed(done)
             )
+
+    def _slowly(self, index: int, within: int, length: int, done: ReadDone) -> Later:
+        """Give what reads in a task; if writes are lost meanwhile it reads what is left."""
+
+        async def read(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+            try:
+                await work()
+            except LostWritesError as error:
+                log.info("%s: %s", self.name, error)
+                await self._read_when_mended(index, within, length, done)
+
+        return lambda work, fail: self._later(lambda: read(work), fail)
 
     async def _read_when_mended(self, index: int, within: int, length: int, done: ReadDone) -> None:
         await self._mended()
@@ -131,7 +145,8 @@ class MapReader:
         self, opening: Opening, oid: int, within: int, length: int, done: ReadDone
     ) -> None:
         await opening()
-        self._reader.read(oid, within, length, done, self._later)
+        slowly = self._slowly(index_of(oid), within, length, done)
+        self._reader.read(oid, within, length, done, slowly)
 
 
 def failed(done: ReadDone) -> Completed:

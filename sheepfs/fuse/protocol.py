@@ -111,6 +111,13 @@ _COPY_RANGE = struct.Struct("<QQQQQQQ")
 _LK = struct.Struct("<QQQQIIII")
 _FLUSH = struct.Struct("<QIIQ")
 _FH = struct.Struct("<Q")
+_IOCTL = struct.Struct("<QIIQII")
+_IOCTL_OUT = struct.Struct("<iIII")
+"""The call's result, flags, numbers of iovecs; what the call gives back follows."""
+DIRECT_IO_LIMITS = 0x800C581E
+"""ioctl XFS_IOC_DIOINFO: _IOR('X', 30, three u32): alignment in memory, least and greatest size of
+direct I/O, in bytes. QEMU asks it of any file. Source: QEMU, block/file-posix.c."""
+_DIRECT_IO_LIMITS = struct.Struct("<III")
 _UNIQUE = struct.Struct("<Q")
 _READDIR_SIZE = struct.Struct("<I")
 _READDIR_SIZE_AT = IN_HEADER_SIZE + 16
@@ -214,6 +221,17 @@ def decode_flush(request: Buffer) -> Flush:
     """Decode a FLUSH request. Raises ProtocolError if it is too short."""
     fh, _, _, owner = _unpack(_FLUSH, request)
     return Flush(fh, owner)
+
+
+def decode_ioctl(request: Buffer) -> int:
+    """Give the command of an IOCTL request. Raises ProtocolError if it is too short."""
+    return _unpack(_IOCTL, request)[2]
+
+
+def encode_direct_io_limits(unique: int, least: int, greatest: int) -> bytes:
+    """Give the reply to an IOCTL of `DIRECT_IO_LIMITS`, in bytes."""
+    limits = _DIRECT_IO_LIMITS.pack(least, least, greatest)
+    return encode_reply(unique, _IOCTL_OUT.pack(0, 0, 0, 0) + limits)
 
 
 def decode_fh(request: Buffer) -> int:

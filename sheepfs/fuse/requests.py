@@ -5,6 +5,8 @@ Always holds:
   straight to the device.
 - READ and WRITE start no task and copy nothing but a write's data out of the receive buffer.
 - READ, WRITE and FSYNC are counted when their replies are written, if their VDI is open.
+- QEMU is told that it need not widen what a guest writes to whole blocks. It would read the rest of
+  the block first, and write garbage there if that read failed.
 - A write with O_DSYNC or O_SYNC (or RWF_DSYNC) is flushed before its reply: the kernel sends no
   FSYNC of its own for files with FOPEN_DIRECT_IO.
 """
@@ -32,6 +34,8 @@ from sheepfs.fuse.replies import Replies
 
 log = logging.getLogger(__name__)
 
+SECTOR = 512
+"""Size and alignment of direct I/O that programs are told; any other works as well."""
 _O_DSYNC = os.O_DSYNC
 _transfer = protocol.TRANSFER.unpack_from
 _AT = protocol.IN_HEADER_SIZE
@@ -70,7 +74,7 @@ class Requests:
             Op.RELEASE: self._release,
             Op.FALLOCATE: lambda u, r: self._replies.start(u, self._fallocate, bytes(r)),
             Op.LSEEK: lambda u, r: self._replies.start(u, self._lseek, bytes(r)),
-            Op.IOCTL: lambda u, r: self._replies.finish(u, errno.ENOTTY),
+            Op.IOCTL: self._ioctl,
         }
         # Plain ints: looked up for every request.
         self.answers = {int(op): answer for op, answer in answers.items()}
@@ -199,6 +203,12 @@ class Requests:
     def _release(self, unique: int, request: memoryview) -> None:
         self._handles.release(protocol.decode_fh(request))
         self._replies.fail(unique, 0)
+
+    def _ioctl(self, unique: int, request: memoryview) -> None:
+        if protocol.decode_ioctl(request) == protocol.DIRECT_IO_LIMITS:
+            self._replies.send((protocol.encode_direct_io_limits(unique, SECTOR, 1 << 30),))
+        else:
+            self._replies.fail(unique, errno.ENOTTY)
 
     # -- space ----------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from sheepfs_tools.processes import wait_for
 DATABASES = ("wal", "truncate", "delete")
 """Named after SQLite's journal modes. Of these, `delete` is durable only with `synchronous=EXTRA`:
 with FULL, SQLite does not sync the directory that it removes its journal from."""
-BOOT_S = 120.0
-COMMITS_S = 120.0
+BOOT_S = 300.0
+COMMITS_S = 300.0
 _COMMITTED = re.compile(r"^COMMITTED (\w+) (\d+)\r?$", re.MULTILINE)
 _FOUND = re.compile(r"^FOUND (\w+) (.*?)\r?$", re.MULTILINE)
 _ENDED = re.compile(r"^ENDED (\w+)", re.MULTILINE)

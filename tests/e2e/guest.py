@@ -21,6 +21,8 @@ MODULES = ("virtio_pci", "virtio_blk", "ext4")
 PROGRAMS = ("mkfs.ext4", "e2fsck", "sqlite3")
 PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 DRIVE = "cache=none,discard=unmap,detect-zeroes=unmap"
+OPTIONS = "console=ttyS0 quiet panic=-1 no_timer_check"
+"""On a busy machine the emulated timer may tick so late that the kernel thinks it is broken."""
 DONE = "GUEST-DONE"
 """Printed on the console when every step succeeded."""
 
@@ -95,7 +97,7 @@ case $(cat /proc/cmdline) in
     commit truncate full &
     commit delete extra &
     wait
-    fail "no database takes commits"
+    while :; do sleep 60; done
     ;;
 esac
 umount /mnt || fail umount
@@ -143,7 +145,7 @@ class Guest:
             *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-m", "512", "-nodefaults"),
             *("-display", "none", "-no-reboot", "-serial", "stdio"),
             *("-kernel", str(self.kernel), "-initrd", str(self.initramfs)),
-            *("-append", f"console=ttyS0 quiet panic=-1 task={task}"),
+            *("-append", f"{OPTIONS} task={task}"),
             *("-drive", f"file={disk},format=raw,if=virtio,{DRIVE}"),
         ]
 

@@ -14,6 +14,8 @@ from e2e.cluster import Mounted
 from sheepfs_tools.local_cluster import LocalCluster
 from sheepfs_tools.processes import wait_for
 
+HEALTHY_S = 180.0
+"""For nodes to start, replay their logs and catch up, all at once, on a machine that is busy."""
 _SHUTDOWN = 0x8004587D
 """_IOR('X', 125, u32), of ext4 and XFS."""
 _WITHOUT_LOG_FLUSH = 2
@@ -84,7 +86,7 @@ class Powered:
             self.disks[number].unmount()
             self.disks[number].mount()
             self.mounted.cluster.start_node(number, wait=False)
-        self.mounted.wait_healthy()
+        self.mounted.wait_healthy(HEALTHY_S)
 
     def cut_all(self, user: subprocess.Popen[bytes], *, etcd: bool) -> None:
         """Cut the power of the whole site, and bring it back; `user` stays dead.
@@ -106,7 +108,9 @@ class Powered:
         for disk in self.disks.values():
             disk.unmount()
             disk.mount()
-        self.mounted.start()
+        cluster.start()
+        cluster.mount(self.mounted.path)
+        self.mounted.wait_healthy(HEALTHY_S)
 
     def destroy(self) -> None:
         """Take everything away."""

@@ -259,6 +259,25 @@ def test_qemu_img_creates_shows_and_converts(mount: MountProcess, random_file: P
     assert "virtual size: 128 MiB" in mount.ok("qemu-img", "info", "-f", "raw", "qemu.raw")
 
 
+def test_qemu_is_told_to_write_sectors_as_they_are(mount: MountProcess) -> None:
+    """Else it reads the rest of the block first, and goes on with garbage if that fails."""
+    assert mount.python("""
+import fcntl, struct
+f = os.open("aligned.raw", os.O_RDWR | os.O_CREAT)
+least = struct.unpack("<III", fcntl.ioctl(f, 0x800C581E, bytes(12)))[:2]
+try: fcntl.ioctl(f, 0x5401, bytes(60))
+except OSError as e: print(*least, errno.errorcode[e.errno])
+""").split() == ["512", "512", "ENOTTY"]
+
+
+@needs_qemu
+def test_qemu_writes_sectors_as_they_are(mount: MountProcess) -> None:
+    mount.ok("truncate", "-s", "1M", "sectors.raw")
+    mark = len(mount.journal)
+    mount.ok("qemu-io", "-t", "none", "-f", "raw", "sectors.raw", "-c", "write 1k 1k")
+    assert "write 1024 1024" in since(mount, mark, "sectors.raw")
+
+
 @needs_qemu
 def test_qemu_discard_and_write_zeroes_give_space_back(mount: MountProcess) -> None:
     mount.ok("truncate", "-s", "16M", "discard.raw")

@@ -105,6 +105,32 @@ async def test_everybody_who_flushes_after_a_loss_is_told_until_the_vdi_was_let_
         await here.flush()
 
 
+async def test_a_read_under_way_when_writes_are_lost_gives_what_is_left(tmp_path: Path) -> None:
+    """QEMU, for one, writes whatever is in its buffer if a read to widen a write fails."""
+    async with static_cluster(tmp_path) as (cluster, _):
+        here = await mount_of(cluster, StaticRecord())
+        await here.write(0, A)
+        await here.flush()
+        await here.write(0, B)
+        await here.write(OBJECT_SIZE, C)
+        found: list[bytes] = []
+
+        async def read(offset: int) -> None:
+            found.append(await here.read(offset, BLOCK))
+
+        async with trio.open_nursery() as nursery:
+            for node in cluster.nodes.values():
+                node.clean = False
+                node.stop()
+                await node._ended.wait()
+            for offset in (0, OBJECT_SIZE):
+                nursery.start_soon(read, offset)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not found
+            await lose_power(cluster, here, data_object(LAYER, 1))
+        assert sorted(found) == [bytes(BLOCK), B]
+
+
 async def test_a_vdi_whose_writes_were_lost_is_compared_by_its_next_holder(tmp_path: Path) -> None:
     async with static_cluster(tmp_path) as (cluster, _):
         etcd = StaticRecord()
