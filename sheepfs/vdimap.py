@@ -96,6 +96,17 @@ class VdiMap:
             if base + i not in self.pages:
                 self.pages[base + i] = _parse(data[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
 
+    def take_empty(self, map_index: int, filled: int) -> None:
+        """Take as loaded what need not be: pages of a stored map object that hold nothing.
+
+        Args:
+            filled: bit i says that page i of the object may name something.
+        """
+        base = map_index * PAGES_PER_OBJECT
+        for page in range(PAGES_PER_OBJECT):
+            if not filled >> page & 1 and base + page not in self.pages:
+                self.pages[base + page] = _parse(_EMPTY)
+
     def begin_create(self, index: int, layer: int, after: int = 0) -> None:
         """The object is being created: writes go to it, but the map on disk does not name it.
 

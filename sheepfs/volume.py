@@ -209,7 +209,7 @@ class Volume(MapOwner):
                     self.name,
                     self._map,
                     self.replicator,
-                    self._clear_beyond_end,
+                    self._clear_end,
                     self._sweep,
                 )
             self.attachment = attachment
@@ -435,6 +435,18 @@ class Volume(MapOwner):
         if opening is not None:
             await opening()
         return await self._reader.fetch(oid, offset, length)
+
+    async def _clear_end(self) -> None:
+        """Find out first which pages of the map hold anything: most of 1,024 do not."""
+        for map_index in range(self._map.existing.bit_length()):
+            if self._map.existing >> map_index & 1:
+                oid = map_object(self.record.map, map_index)
+                opening = self._to_open(oid)
+                if opening is not None:
+                    await opening()
+                filled = int.from_bytes(await self._reader.extents(oid), "little")
+                self._map.take_empty(map_index, filled)
+        await self._clear_beyond_end()
 
     # -- holes ------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from sheepfs.core.geometry import (
     index_of,
 )
 from sheepfs.holes import seek
-from sheepfs.vdimap import VdiMap
+from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
 
 LAYER = 7
 INDEXES = (0, 1, 511, 512, 513, 16 * 512 - 1, 16 * 512, MAP_ENTRIES_PER_OBJECT - 1,
@@ -44,6 +44,14 @@ class Cluster:
         count = length // BLOCK_SIZE
         return b"".join(self.pages.get(first + i, bytes(BLOCK_SIZE)) for i in range(count))
 
+    def look(self, vdi_map: VdiMap) -> None:
+        """Tell a map which pages are stored."""
+        for map_index in range(self.existing.bit_length()):
+            if self.existing >> map_index & 1:
+                base = map_index * PAGES_PER_OBJECT
+                filled = [n - base for n in self.pages if base <= n < base + PAGES_PER_OBJECT]
+                vdi_map.take_empty(map_index, sum(1 << n for n in filled))
+
     def named(self) -> set[int]:
         return {
             number * MAP_ENTRIES_PER_BLOCK + entry
@@ -63,7 +71,9 @@ async def owner(vdi_map: VdiMap, index: int) -> int:
 
 Steps = st.lists(
     st.tuples(
-        st.sampled_from(("create", "created", "failed", "discard", "flush", "fail", "reopen")),
+        st.sampled_from(
+            ("create", "created", "failed", "discard", "flush", "fail", "reopen", "reopen and look")
+        ),
         st.sampled_from(INDEXES),
     ),
     max_size=40,
@@ -101,10 +111,12 @@ def test_the_map_is_what_was_made_and_stored_is_only_what_is_complete(
                 assert cluster.named() == owned
             elif step == "fail":
                 vdi_map.give_back(set(vdi_map.take_dirty()))
-            elif step == "reopen":
+            elif step in ("reopen", "reopen and look"):
                 owned = cluster.named()
                 creating.clear()
                 vdi_map = VdiMap(cluster.existing, cluster.load)
+                if step == "reopen and look":
+                    cluster.look(vdi_map)
         cluster.store(vdi_map.take_dirty())
         assert cluster.named() == owned
 
