@@ -107,6 +107,11 @@ class SimNetwork:
         )
 
     @property
+    def farthest_s(self) -> float:
+        """Mean time that something takes on the slowest way there may be, when all is well."""
+        return self.latency_s * max(self._far)
+
+    @property
     def is_well(self) -> bool:
         """Whether nothing is cut and nothing is slow."""
         return not self._cut and not self.slow_s

@@ -11,12 +11,15 @@ from sim.world import PORT, World
 
 LOOK_EVERY_S = 1.0
 PATIENCE_S = 20.0
-"""How long a client and the cluster have been well before an operation that old is a failure."""
+"""How long a client and the cluster have been well before an operation that old is a failure..."""
+ROUND_TRIPS = 300
+"""... and as much longer as so many messages take on the slowest way."""
 
 
 async def watch(world: World, clients: Sequence[SimClient]) -> None:
     """Fail the seed when an operation hangs; runs until cancelled."""
     well_since = trio.current_time()
+    patience_s = PATIENCE_S + ROUND_TRIPS * world.network.farthest_s
     awake_since = dict.fromkeys(clients, well_since)
     while True:
         await trio.sleep(LOOK_EVERY_S)
@@ -27,7 +30,7 @@ async def watch(world: World, clients: Sequence[SimClient]) -> None:
             if client.host.paused or not client.host.alive:
                 awake_since[client] = now
             for began, what in client.under_way.values():
-                if now - max(well_since, awake_since[client], began) > PATIENCE_S:
+                if now - max(well_since, awake_since[client], began) > patience_s:
                     world.fail(AssertionError(f"{client.name}: {what} hangs since {began:.1f} s"))
                     return
 
