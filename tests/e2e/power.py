@@ -86,6 +86,11 @@ class Powered:
             self.disks[number] = disk
         self.mounted = Mounted(cluster, directory / "mnt")
 
+    def start(self) -> None:
+        """Start everything; nodes may come and go as often as power is cut."""
+        self.mounted.start()
+        self.mounted.cluster.sheepctl("node", "patience", "--longest", "0")
+
     def cut(self, *numbers: int) -> None:
         """Cut the power of these nodes, and bring it back."""
         for number in numbers:
