@@ -40,14 +40,24 @@ class LosableDisk:
     def __init__(self, image: Path, path: Path, kind: str, size: str = "1G") -> None:
         self.path = path
         self._image = image
+        self._options = ("-o", "nouuid") if kind == "xfs" else ()
         _run("truncate", "-s", size, image)
         _run(f"mkfs.{kind}", "-q", image)
         path.mkdir(parents=True)
         self.mount()
 
     def mount(self) -> None:
-        """Bring the power back: the file system replays its log."""
-        _run("mount", "-o", "loop", self._image, self.path)
+        """Bring the power back: the file system replays its log.
+
+        On a loop device of its own each time: another mount namespace that was made meanwhile
+        may keep the one without power, and `mount -o loop` would give just that again.
+        """
+        loop = _run("losetup", "--find", "--show", self._image).strip()
+        try:
+            _run("mount", *self._options, loop, self.path)
+        finally:
+            # It goes with the last mount of it.
+            _run("losetup", "--detach", loop)
 
     def cut(self) -> None:
         """Cut the power: nothing that was not synced reaches the disk from here on."""
@@ -59,7 +69,7 @@ class LosableDisk:
 
     def unmount(self) -> None:
         """Take it away; whoever used it has ended, and what it had under way ends soon."""
-        wait_for(lambda: not _try("umount", self.path), 30, f"{self.path} to be free")
+        wait_for(lambda: _succeeds("umount", self.path), 30, f"{self.path} to be free")
 
 
 class Powered:
@@ -75,6 +85,11 @@ class Powered:
             cluster.node_directory(number).symlink_to(disk.path / "data")
             self.disks[number] = disk
         self.mounted = Mounted(cluster, directory / "mnt")
+
+    def start(self) -> None:
+        """Start everything; nodes may come and go as often as power is cut."""
+        self.mounted.start()
+        self.mounted.cluster.sheepctl("node", "patience", "--longest", "0")
 
     def cut(self, *numbers: int) -> None:
         """Cut the power of these nodes, and bring it back."""
@@ -119,12 +134,14 @@ class Powered:
             subprocess.run(["umount", disk.path], check=False, capture_output=True)
 
 
-def _try(*argv: str | Path) -> str:
-    """Run a program; give what it complains of if it fails."""
-    done = subprocess.run([str(word) for word in argv], capture_output=True, text=True, check=False)
-    return done.stderr or "it failed" if done.returncode else ""
+def _succeeds(*argv: str | Path) -> bool:
+    words = [str(word) for word in argv]
+    return not subprocess.run(words, capture_output=True, check=False).returncode
 
 
-def _run(*argv: str | Path) -> None:
-    problem = _try(*argv)
-    assert not problem, f"{argv}: {problem}"
+def _run(*argv: str | Path) -> str:
+    """Run a program; give what it prints."""
+    words = [str(word) for word in argv]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{words}: {done.stderr}"
+    return done.stdout

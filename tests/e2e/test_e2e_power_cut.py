@@ -23,7 +23,7 @@ def powered(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Powered]
         pytest.skip(reason)
     cluster = Powered(tmp_path, request.param)
     try:
-        cluster.mounted.start()
+        cluster.start()
         yield cluster
     finally:
         cluster.destroy()

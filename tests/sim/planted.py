@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any
 
-from sheepfs import changes, flusher
+from sheepfs import changes
 from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.wire import Header
 from sheepfs.net import router
@@ -118,17 +118,12 @@ def keep_links_to_the_voted_out(put: Put) -> None:
     put(router.Router, "_give_up_on_lost", lambda self, old: None)
 
 
-def tell_a_loss_once(put: Put) -> None:
-    """When unflushed writes were lost, one flush fails, and the next ones succeed."""
-    put(flusher.Flusher, "_lost", property(lambda self: 0, lambda self, code: None))
-
-
 PLANTED: dict[str, Callable[[Put], None]] = {
     plant.__name__: plant
     for plant in (
         acknowledge_early, skip_epoch_check, serve_before_caught_up, forget_dirty_marks,
         retry_failed_sync, delete_strays_unconfirmed, level_from_the_stale_side,
-        keep_links_to_the_voted_out, tell_a_loss_once,
+        keep_links_to_the_voted_out,
     )
 }  # fmt: skip
 

@@ -210,6 +210,7 @@ async def test_lost_writes_are_told_to_every_flush_also_when_none_waited_for_the
         for _ in range(2):
             with pytest.raises(OperationError, match="EIO"):
                 await here.flush()
+        assert not unflushed.groups, "it is carried out all the same"
         assert copies(cluster, data_object(LAYER, 0)) == [B] * 3
 
 
