@@ -77,7 +77,9 @@ class ObjectReader:
 
         def answer(link: Link, header: Header | None, payload: memoryview | None) -> None:
             if header is None or header.status or payload is None or len(payload) != length:
-                later(lambda: self._read_slowly(oid, offset, length, done), _failed(done))
+                # Asked once more it is told to repair what it has not.
+                first = 0 if header is None else link.node
+                later(lambda: self._read_slowly(oid, offset, length, done, first), _failed(done))
             else:
                 done(0, (payload,))
 
@@ -89,8 +91,10 @@ class ObjectReader:
         )  # fmt: skip
         link.connection.send_frame(unsealed.seal(link.session))
 
-    async def _read_slowly(self, oid: int, offset: int, length: int, done: ReadDone) -> None:
-        done(0, (await self._fetch(oid, offset, length, self.is_unsure),))
+    async def _read_slowly(
+        self, oid: int, offset: int, length: int, done: ReadDone, first: int = 0
+    ) -> None:
+        done(0, (await self._fetch(oid, offset, length, self.is_unsure, first),))
 
     async def fetch(self, oid: int, offset: int, length: int) -> bytes:
         """Read, going from member to member and through map changes until one gives it.
@@ -102,9 +106,9 @@ class ObjectReader:
         return await self._fetch(oid, offset, length, lambda: False)
 
     async def _fetch(
-        self, oid: int, offset: int, length: int, is_unsure: Callable[[], bool]
+        self, oid: int, offset: int, length: int, is_unsure: Callable[[], bool], first: int = 0
     ) -> bytes:
-        data = await self._ask(oid, Op.READ, offset, length, is_unsure)
+        data = await self._ask(oid, Op.READ, offset, length, is_unsure, first)
         if len(data) != length:
             raise CorruptError(f"{describe_oid(oid)}: {len(data)} bytes instead of {length}")
         return data
@@ -124,14 +128,16 @@ class ObjectReader:
         offset: int,
         span: int,
         is_unsure: Callable[[], bool] = lambda: False,
+        first: int = 0,
     ) -> bytes:
+        """Ask one member after the other, beginning with `first` if it is one."""
         while True:
             if is_unsure():
                 raise LostWritesError(f"{describe_oid(oid)}: what it held may be lost")
             fields = self._fields(oid)
             sync = self._router.map.pools[fields["pool"]][fields["pg"]].sync
             bad: dict[int, SheepError] = {}
-            for node in sync:
+            for node in sorted(sync, key=lambda node: node != first):
                 link = self._router.link(node)
                 if link is None:
                     continue
