@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 from e2e.cluster import Mounted
-from sheepfs_tools.local_cluster import LocalCluster
+from sheepfs_tools.local_cluster import LocalCluster, is_mounted
 from sheepfs_tools.processes import wait_for
 
 HEALTHY_S = 180.0
@@ -131,7 +131,8 @@ class Powered:
         """Take everything away."""
         self.mounted.cluster.destroy()
         for disk in self.disks.values():
-            subprocess.run(["umount", disk.path], check=False, capture_output=True)
+            if is_mounted(disk.path):
+                disk.unmount()
 
 
 def _succeeds(*argv: str | Path) -> bool:
