@@ -134,7 +134,7 @@ def decide(
             n: Candidate(node.zone, node.weight)
             for n, node in nodes.items()
             if not (n in wishes and wishes[n].leaves)
-            and not (node.state is NodeState.DOWN and _given_up(node, now, out_after_s))
+            and not (node.state is NodeState.DOWN and _given_up(node, live, now, out_after_s))
         },
         removed={n for n, wish in wishes.items() if wish.removed},
     )
@@ -164,8 +164,10 @@ def _runs_on(known: Node | None, record: AliveRecord) -> bool:
     return known is not None and known.incarnation == record.incarnation
 
 
-def _given_up(node: Node, now: float, out_after_s: float) -> bool:
-    return node.weight <= 0 or now - node.down_since > out_after_s
+def _given_up(node: Node, live: Mapping[int, AliveRecord], now: float, out_after_s: float) -> bool:
+    # A later node at its address has a new disk in place of this one's: it won't come back.
+    is_replaced = any(r.address == node.address and r.id > node.id for r in live.values())
+    return is_replaced or node.weight <= 0 or now - node.down_since > out_after_s
 
 
 def _words(

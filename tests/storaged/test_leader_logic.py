@@ -28,6 +28,18 @@ def alive(*nodes: int, run: int = 1) -> dict[int, AliveRecord]:
     return {n: AliveRecord(n, 100 * n + run, f"host-{n}:7000", f"zone-{n}", 1.0) for n in nodes}
 
 
+def test_a_node_whose_disk_was_replaced_is_not_waited_for() -> None:
+    whole = step(EMPTY, alive(1, 2, 3))
+    assert all(set(group.sync) == {1, 2, 3} for group in whole.pools[3])
+    records = alive(1, 2)
+    short = step(whole, records)
+    assert all(group.away == (3,) for group in short.pools[3])
+    # Another node, with an empty disk, at the address of the one that is down.
+    records[4] = AliveRecord(4, 401, "host-3:7000", "zone-3", 1.0)
+    again = step(short, records)
+    assert all(group.joining == (4,) and not group.away for group in again.pools[3])
+
+
 def draining(*nodes: int) -> dict[int, NodeWish]:
     return {n: NodeWish(n, draining=True) for n in nodes}
 
