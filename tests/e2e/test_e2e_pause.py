@@ -22,7 +22,7 @@ WRITE_S = 30.0
 @pytest.fixture
 def paused_s(soak: bool) -> float:
     """How long a process is stopped: leases are of 5 s (daemons) and 10 s (mounts)."""
-    return 60.0 if soak else 12.0
+    return 60.0 if soak else 8.0
 
 
 @contextmanager

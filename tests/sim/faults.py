@@ -14,7 +14,7 @@ from functools import partial
 
 import trio
 
-from fakes.faulty_disk import BLOCK
+from fakes.faulty_disk import BLOCK, FaultyDisk
 from sheepfs.core.geometry import BLOCKS_PER_OBJECT as OBJECT_BLOCKS
 from sim.clients import SimClient
 from sim.registers import Volume as Model
@@ -38,6 +38,8 @@ class Faults:
         self.brought = 0
         self._failing = 0
         """Times that all nodes' disks fail at this moment."""
+        self._capacities: dict[FaultyDisk, int] = {}
+        """Of disks that were filled."""
         self._is_short = False
         """A disk was lost, and what it had is not on as many others yet: no more may be lost."""
         world.pages_lost = self._pages_lost
@@ -252,10 +254,10 @@ class Faults:
             left = self.world.rng.choice((0, 1 << 18, 1 << 29))
             self.say(f"leave {left} bytes free at {node.name}")
             disk = node.disk
-            former = disk.capacity
+            former = self._capacities.setdefault(disk, disk.capacity)
             disk.fill(left)
             await trio.sleep(self._some_time())
-            disk.capacity = former
+            disk.capacity = former  # Also if it was filled twice.
 
     async def rot(self) -> None:
         """A bit of stored data flips."""
