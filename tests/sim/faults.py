@@ -239,6 +239,8 @@ class Faults:
         world = self.world
         if node is None or world.spoiled or world.out_after_s > 60 or not world.is_whole():
             return
+        if any(other.host.paused for other in world.nodes) or not world.network.is_well:
+            return  # Who hangs, or is cut off, may be as good as lost before anybody knows.
         self.say(f"empty the disk of {node.name}")
         self._is_short = True
         with self._down(node):
