@@ -37,7 +37,7 @@ class Seeds:
             cwd=TESTS,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,  # Of this session still, or being nice would mean nothing.
         )
 
     def outcome(self) -> tuple[int, str]:
