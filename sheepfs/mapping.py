@@ -82,9 +82,10 @@ class MapOwner(MapWriter):
         self._saved_size = record.size
 
     def _is_losing(self) -> None:
-        """Writes were lost: nothing is read before the map tells what is left."""
+        """Writes were lost: nothing is read or changed before the map tells what is left."""
         if self._mending is None:
             self._mending = trio.Event()
+        self._direct = False
 
     def _has_mended(self) -> None:
         mending, self._mending = self._mending, None

@@ -20,6 +20,7 @@ from sheepfs.backend import Done
 from sheepfs.callbacks import Completed, completion, countdown
 from sheepfs.convergence import Convergence
 from sheepfs.copyonwrite import CopyOnWrite
+from sheepfs.core.errors import LostWritesError
 from sheepfs.core.geometry import (
     MAX_VDI_SIZE,
     OBJECT_SIZE,
@@ -255,6 +256,7 @@ class MapWriter(MapReader):
             await self._attach()
             await trio.sleep(GATE_POLL_S)
         self._passing += 1
+        losses = self._losses()
         try:
             if self._map.get(index) is None:
                 await self._map.load(index)
@@ -264,6 +266,11 @@ class MapWriter(MapReader):
                 await completion(partial(self._punch_part, index, within, size))
         finally:
             self._passing -= 1
+        if self._losses() != losses:
+            raise LostWritesError(f"{self.name}: unflushed writes were lost meanwhile")
+
+    def _losses(self) -> int:
+        return 0 if self.replicator is None else self.replicator.unflushed.losses
 
     def _punch_part(self, index: int, within: int, size: int, done: Completed) -> None:
         layer = self._map.get(index)
@@ -340,7 +347,9 @@ class MapWriter(MapReader):
 
     def release_changes(self) -> None:
         """Carry out what was held, and go on."""
-        self._direct = self.attachment is not None
+        self._direct = self.attachment is not None and self._mending is None
+        if not self._direct and self.attachment is not None:
+            return  # Until what was lost is mended.
         held, self._held = self._held, []
         for again in held:
             again()
