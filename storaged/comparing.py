@@ -15,12 +15,13 @@ from sheepfs.core.errors import (
     Status,
 )
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SIZE, describe_oid, layer_of
-from sheepfs.core.wire import FLAG_FORWARD, FLAG_YIELD, Buffer, Header, Op
+from sheepfs.core.wire import FLAG_FORWARD, FLAG_SALVAGE, FLAG_YIELD, Buffer, Header, Op
 from storaged.copies import Copies
 from storaged.logic.gate import Refusal, check_token
 from storaged.requests import Client
-from storaged.store.level import Difference
+from storaged.store.entry import CORRUPT
 from storaged.store.objects import Sources
+from storaged.store.patch import Difference
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ class Comparing(Copies):
         entry = self.store.get(header.oid)
         if entry is None:
             raise Refusal(Status.NOT_FOUND, f"{describe_oid(header.oid)} is not here")
-        if entry.suspect:
+        salvage = header.flags & FLAG_SALVAGE
+        if entry.suspect and not (salvage and entry.state == CORRUPT):
             self._when_trusted(client, header, payload)
             return
         if header.flags & FLAG_YIELD and not self.pacer.may_serve(header.span):
@@ -106,8 +108,9 @@ class Comparing(Copies):
         def export() -> tuple[Difference, bytes]:
             first = header.offset // BLOCK_SIZE
             end = first + (header.span or OBJECT_SIZE) // BLOCK_SIZE
-            found = self.store.difference(oid, hashes, first, end)
-            return found, b"".join((found.differs, found.zero, *found.blocks))
+            salvage = bool(header.flags & FLAG_SALVAGE)
+            found = self.store.difference(oid, hashes, first, end, salvage=salvage)
+            return found, found.encode()
 
         try:
             found, body = await trio.to_thread.run_sync(export)

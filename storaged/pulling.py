@@ -17,6 +17,7 @@ import trio
 
 from sheepfs.core.clustermap import ClusterMap, PlacementGroup
 from sheepfs.core.errors import (
+    CorruptError,
     NoSpaceError,
     ObjectNotFoundError,
     RecoveringError,
@@ -25,14 +26,14 @@ from sheepfs.core.errors import (
     UnreachableError,
 )
 from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
-from sheepfs.core.wire import FLAG_YIELD, Header, Op
+from sheepfs.core.wire import FLAG_SALVAGE, FLAG_YIELD, Header, Op
 from sheepfs.net.link import Link
 from storaged.comparing import decode_layout
 from storaged.pacing import cost
 from storaged.replica import Replica
 from storaged.store.entry import sibling
-from storaged.store.format import BITMAP_SIZE, EMPTY_TABLE
-from storaged.store.level import Patch, make_patch, union
+from storaged.store.format import EMPTY_TABLE
+from storaged.store.patch import make_patch
 
 log = logging.getLogger(__name__)
 
@@ -131,10 +132,15 @@ class Pulling:
     async def _try_to_pull(
         self, oid: int, pool: int, pg: int, source: int | None, exact: bool
     ) -> SheepError | None:
-        """Ask each sync member (or `source` alone) once; give the last one's reason."""
+        """Ask each sync member (or `source` alone) once; give the last one's reason.
+
+        If the copies of all are damaged, a node that joins takes what is good of one: the good
+        blocks need their second copy, and the group has other objects.
+        """
         group = self._replica.map.pools[pool][pg]
         candidates = [n for n in group.sync if n != self._replica.node]
         problem: SheepError = ObjectNotFoundError("the group has no other sync member")
+        damaged: list[int] = []
         for node in candidates if source is None else [source]:
             try:
                 link = self._source(group, node)
@@ -142,16 +148,31 @@ class Pulling:
                 return None
             except NoSpaceError as error:
                 return error  # It is this node that has none.
+            except CorruptError as error:
+                problem = error
+                damaged.append(node)
             except SheepError as error:
                 problem = error
-        return problem
+        if self._replica.node not in group.joining or damaged != candidates:
+            return problem
+        try:
+            link = self._source(group, damaged[0])
+            await self._pull_from(link, oid, pool, pg, False, FLAG_SALVAGE)
+        except SheepError as error:
+            return error
+        log.error("%s: no copy is whole; took what is good of one", describe_oid(oid))
+        return None
 
-    async def _pull_from(self, link: Link, oid: int, pool: int, pg: int, exact: bool) -> None:
+    async def _pull_from(
+        self, link: Link, oid: int, pool: int, pg: int, exact: bool, flags: int = 0
+    ) -> None:
         store = self._replica.store
-        inherited = store.get(oid) is None and await self._inherit(link, oid, pool, pg)
+        inherited = False
+        if store.get(oid) is None and not flags & FLAG_SALVAGE:
+            inherited = await self._inherit(link, oid, pool, pg)
         hashes = await self._hashes(oid)
         try:
-            found = await self._ask(link, oid, pool, pg, hashes)
+            found = await self._ask(link, oid, pool, pg, hashes, flags)
         except ObjectNotFoundError:
             if inherited:
                 store.delete(oid)  # It never was an object.
@@ -283,15 +304,8 @@ class Pulling:
         if version < replica.level_of(pool, pg).missed.get(oid, 0) and not exact:
             raise RecoveringError(f"node {source} lacks a change of {describe_oid(oid)}")
 
-        def check() -> Patch:
-            bodies = [memoryview(body) for _, body in pieces]
-            differs = union(body[:BITMAP_SIZE] for body in bodies)
-            zero = union(body[BITMAP_SIZE : 2 * BITMAP_SIZE] for body in bodies)
-            data = [body[2 * BITMAP_SIZE :] for body in bodies]
-            whole = data[0] if len(data) == 1 else memoryview(b"".join(data))
-            return make_patch(hashes, version, lineage, differs, zero, whole)
-
-        patch = await trio.to_thread.run_sync(check)
+        bodies = [body for _, body in pieces]
+        patch = await trio.to_thread.run_sync(make_patch, hashes, version, lineage, bodies)
         if not store.is_marked(oid):
             await trio.to_thread.run_sync(store.mark, [oid])
         job = store.begin_patch(oid, patch, pool=pool, pg=pg)

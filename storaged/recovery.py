@@ -20,6 +20,7 @@ import trio.lowlevel
 
 from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.errors import (
+    CorruptError,
     NoSpaceError,
     ObjectNotFoundError,
     ProtocolError,
@@ -335,7 +336,10 @@ class Recovery(Pulling):
             log.debug("%s: %s", describe_oid(oid), error)
             await trio.sleep(RETRY_DELAY_S)
             return False
-        # It is written to faster than it can be fetched: clients' changes of it must wait a while.
+        except CorruptError as error:
+            log.info("%s: %s; asking the other members", describe_oid(oid), error)
+        # Its source is damaged, or it is written to faster than it can be fetched: clients' changes
+        # of it must wait a while.
         if oid in replica.fresh_of(pool, pg) or replica.is_held(oid) or not self._is_current(*key):
             await trio.lowlevel.checkpoint()
             return False

@@ -49,6 +49,8 @@ BASE = struct.Struct("<Q")
 """What stands before the data of a change with `FLAG_COPY`: the layer that is copied."""
 FLAG_YIELD = 1
 """PULL: nobody waits for it; BUSY while the source has clients' requests to see to."""
+FLAG_SALVAGE = 2
+"""PULL: blocks that are damaged here are named in the reply, instead of CORRUPT."""
 FLAG_KEEP_MAPS = 1
 """RECLAIM: the layer's map objects are in use."""
 FLAG_FORWARD = 1

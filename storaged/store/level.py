@@ -12,13 +12,11 @@ Always holds:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 from sheepfs.core.errors import (
     CorruptError,
     NoSpaceError,
-    ProtocolError,
     RetryableError,
     SheepError,
 )
@@ -26,20 +24,18 @@ from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid
 from sheepfs.core.wire import Buffer
 from storaged.store.catalog import Catalog
 from storaged.store.disk import Disk, Health, disk_error, write_all
-from storaged.store.entry import OK, SUSPECT, OpenFile, Overlay, StoredObject
+from storaged.store.entry import CORRUPT, OK, SUSPECT, OpenFile, Overlay, StoredObject
 from storaged.store.files import OpenFiles
 from storaged.store.flush import FlushTracker
 from storaged.store.format import (
-    BITMAP_SIZE,
     EMPTY_TABLE,
     META_SIZE,
     SUMS,
     TABLE_SIZE,
     SourcesLostError,
-    block_sums,
-    blocks_in,
     runs,
 )
+from storaged.store.patch import UNKNOWN_SUM, Difference, Patch, nothing_but_damage
 from storaged.store.reader import MISSING, Reader, stretches
 from storaged.store.sharing import Sharing
 from storaged.store.space import SpaceGuard
@@ -48,31 +44,6 @@ log = logging.getLogger(__name__)
 _CHUNK = 256
 _TRIES = 64
 _ALL = SUMS[BLOCKS_PER_OBJECT]
-
-
-class Difference(NamedTuple):
-    """What a source has that another copy does not.
-
-    Attributes:
-        differs: bitmap of blocks to change; of these, `zero` are zeros at the source and the
-            others are in `blocks`, in order.
-    """
-
-    version: int
-    lineage: int
-    differs: bytes
-    zero: bytes
-    blocks: list[Buffer]
-
-
-class Patch(NamedTuple):
-    """A checked difference, ready to be applied: the table to come and the blocks' new data."""
-
-    version: int
-    lineage: int
-    table: bytes
-    differs: frozenset[int]
-    data: memoryview
 
 
 class PatchJob:
@@ -166,11 +137,23 @@ class Leveller:
         return bytes(table)
 
     def difference(
-        self, oid: int, digests: bytes, first: int = 0, end: int = BLOCKS_PER_OBJECT
+        self,
+        oid: int,
+        digests: bytes,
+        first: int = 0,
+        end: int = BLOCKS_PER_OBJECT,
+        *,
+        salvage: bool = False,
     ) -> Difference:
-        """Compare blocks of a good object with another copy's digests. Blocks. Raises as `read`."""
+        """Compare blocks of a good object with another copy's digests. Blocks. Raises as `read`.
+
+        Args:
+            salvage: leave out what is damaged and name it, instead of raising CorruptError.
+        """
         for _ in range(_TRIES):
             entry = self._catalog.objects.get(oid)
+            if entry is not None and entry.state == CORRUPT and salvage:
+                return nothing_but_damage(entry.version, entry.lineage, first, end)
             if entry is None or entry.state != OK or self._health.failed is not None:
                 raise self._catalog.refusal(oid)
             file = entry.file or self._files.acquire(entry)
@@ -183,12 +166,24 @@ class Leveller:
             for i in differs:
                 wanted[i] = mine[i]
             blocks: list[Buffer] = []
-            for start, end, is_data in runs(wanted):
-                if is_data:
-                    blocks += self._reader.read_blocks(entry, start, end - start)
+            damaged: dict[int, int] = {}
+            for start, stop, is_data in runs(wanted):
+                if not is_data:
+                    continue
+                try:
+                    blocks += self._reader.read_blocks(entry, start, stop - start)
+                except CorruptError:
+                    if not salvage:
+                        raise
+                    for i in range(start, stop):
+                        try:
+                            blocks += self._reader.read_blocks(entry, i, 1)
+                        except CorruptError:
+                            damaged[i] = mine[i]
             if self._reader.settled(entry, file, sequence):
-                zeros = [i for i in differs if not mine[i]]
-                return Difference(version, lineage, bitmap(differs), bitmap(zeros), blocks)
+                good = [i for i in differs if i not in damaged]
+                zeros = [i for i in good if not mine[i]]
+                return Difference(version, lineage, good, zeros, damaged, blocks)
         raise RetryableError(f"object {format_oid(oid)} changes too fast to be compared")
 
     def begin_patch(self, oid: int, patch: Patch, pool: int, pg: int) -> PatchJob:
@@ -319,7 +314,9 @@ class Leveller:
                 sums = self._reader.disk_sums(fd, overlay, first, _CHUNK)
                 if MISSING in sums:
                     log.error("%s: blocks that it inherits are gone", format_oid(oid))
-                    sums = [1 if entry_sum == MISSING else entry_sum for entry_sum in sums]
+                    sums = [
+                        UNKNOWN_SUM if entry_sum == MISSING else entry_sum for entry_sum in sums
+                    ]
                 SUMS[_CHUNK].pack_into(table, first * 8, *sums)
         except OSError as error:
             self._files.drop(entry)
@@ -364,44 +361,3 @@ class Leveller:
             self._disk.fsync_dir(f"objects/{entry.pool}")
             self._disk.fsync_dir("objects")
             self._settled.add((entry.pool, entry.pg))
-
-
-def bitmap(numbers: Iterable[int]) -> bytes:
-    """Give 128 bytes with the bits of these blocks set (the inverse of `blocks_in`)."""
-    return sum(1 << i for i in numbers).to_bytes(BITMAP_SIZE, "little")
-
-
-def union(bitmaps: Iterable[Buffer]) -> bytes:
-    """Give 128 bytes with the bits set that one of the bitmaps has (ProtocolError)."""
-    found = 0
-    for bits in bitmaps:
-        if len(bits) != BITMAP_SIZE:
-            raise ProtocolError("a patch without its two bitmaps")
-        found |= int.from_bytes(bits, "little")
-    return found.to_bytes(BITMAP_SIZE, "little")
-
-
-def make_patch(
-    digests: bytes, version: int, lineage: int, differs: Buffer, zero: Buffer, data: Buffer
-) -> Patch:
-    """Check what a source answered and compute the table to come. Hashes; meant for a thread.
-
-    Raises:
-        ProtocolError: the parts do not fit each other.
-    """
-    if len(differs) != BITMAP_SIZE or len(zero) != BITMAP_SIZE:
-        raise ProtocolError("a patch without its two bitmaps")
-    numbers = blocks_in(differs)
-    zeros = set(blocks_in(zero))
-    filled = [i for i in numbers if i not in zeros]
-    if not zeros <= set(numbers) or len(data) != len(filled) * BLOCK_SIZE:
-        raise ProtocolError("a patch whose data does not fit its bitmaps")
-    sums = list(_ALL.unpack(digests))
-    view = memoryview(data)
-    for i, found in zip(filled, block_sums(view), strict=True):
-        if not found:
-            raise CorruptError("a patch with a block of zeros that is not said to be one")
-        sums[i] = found
-    for i in zeros:
-        sums[i] = 0
-    return Patch(version, lineage, _ALL.pack(*sums), frozenset(numbers), view)

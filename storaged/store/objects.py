@@ -29,7 +29,8 @@ from storaged.store.disk import disk_error
 from storaged.store.entry import CORRUPT, OK, SUSPECT, ObjectInfo, StoredObject
 from storaged.store.flush import FlushJob
 from storaged.store.format import Sources
-from storaged.store.level import Difference, Patch, PatchJob
+from storaged.store.level import PatchJob
+from storaged.store.patch import Difference, Patch
 from storaged.store.sharing import Copy
 
 __all__ = ["Checked", "FlushJob", "ObjectInfo", "ObjectStore", "Sources", "StoredObject", "Usage"]
@@ -218,13 +219,19 @@ class ObjectStore(DataDirectory):
         return self._leveller.digests(oid)
 
     def difference(
-        self, oid: int, digests: bytes, first: int = 0, end: int = BLOCKS_PER_OBJECT
+        self,
+        oid: int,
+        digests: bytes,
+        first: int = 0,
+        end: int = BLOCKS_PER_OBJECT,
+        *,
+        salvage: bool = False,
     ) -> Difference:
         """Compare an object with another copy's `digests`, from block `first` to before `end`.
 
-        Blocks. Raises: as `read`.
+        Blocks. Raises: as `read`; with `salvage`, blocks that are damaged are named instead.
         """
-        return self._leveller.difference(oid, digests, first, end)
+        return self._leveller.difference(oid, digests, first, end, salvage=salvage)
 
     def patch(self, oid: int, patch: Patch, *, pool: int, pg: int) -> None:
         """Make a marked object (made if absent) equal to a source's. Blocks; durable when flushed.

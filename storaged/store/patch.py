@@ -1,0 +1,127 @@
+"""What makes one copy of an object equal to another: a difference, and the patch made of it.
+
+Its parts on the wire, in this order: three bitmaps (blocks that differ; of these, the zero ones;
+blocks that are damaged at the source), the checksums of the damaged blocks, the data of those that
+differ and are not zero.
+
+Always holds:
+- A damaged block comes without data and with the checksum it should have: the copy made by it
+  refuses to be read there too, instead of giving something else (I11).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from sheepfs.core.errors import CorruptError, ProtocolError
+from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT
+from sheepfs.core.wire import Buffer
+from storaged.store.format import BITMAP_SIZE, SUMS, block_sums, blocks_in
+
+UNKNOWN_SUM = 1
+"""What stands for the checksum of a block of which nothing is known but that it is no hole."""
+_ALL = SUMS[BLOCKS_PER_OBJECT]
+_BITMAPS_SIZE = 3 * BITMAP_SIZE
+_SUM_SIZE = 8
+
+
+class Difference(NamedTuple):
+    """What a source has that another copy does not.
+
+    Attributes:
+        differs: blocks to change, ascending; of these, `zero` are zeros at the source and the
+            others are in `blocks`, in order.
+        damaged: checksums of blocks that differ and cannot be read at the source.
+    """
+
+    version: int
+    lineage: int
+    differs: Sequence[int]
+    zero: Sequence[int]
+    damaged: Mapping[int, int]
+    blocks: Sequence[Buffer]
+
+    def encode(self) -> bytes:
+        """Give the payload of a reply to PULL."""
+        bitmaps = map(bitmap, (self.differs, self.zero, self.damaged))
+        sums = SUMS[len(self.damaged)].pack(*(self.damaged[i] for i in sorted(self.damaged)))
+        return b"".join((*bitmaps, sums, *self.blocks))
+
+
+class Patch(NamedTuple):
+    """A checked difference, ready to be applied: the table to come and the blocks' new data."""
+
+    version: int
+    lineage: int
+    table: bytes
+    differs: frozenset[int]
+    data: memoryview
+
+
+def nothing_but_damage(version: int, lineage: int, first: int, end: int) -> Difference:
+    """Give the difference to a copy whose header or table is damaged: nothing of it is known."""
+    return Difference(version, lineage, (), (), dict.fromkeys(range(first, end), UNKNOWN_SUM), ())
+
+
+def make_patch(digests: bytes, version: int, lineage: int, pieces: Sequence[Buffer]) -> Patch:
+    """Check what a source answered and compute the table to come. Hashes; meant for a thread.
+
+    Args:
+        digests: checksums of the blocks that the copy has.
+        pieces: payloads of replies to PULL, of ranges that follow each other.
+
+    Raises:
+        ProtocolError: a piece does not fit itself or the others.
+        CorruptError: a block of zeros is said to be none.
+    """
+    sums = list(_ALL.unpack(digests))
+    changed: list[int] = []
+    filled: list[int] = []
+    damaged: set[int] = set()
+    data: list[memoryview] = []
+    for piece in pieces:
+        found = _decode(piece)
+        if changed and found.differs and found.differs[0] <= changed[-1]:
+            raise ProtocolError("pieces of a patch in the wrong order")
+        changed += found.differs
+        zeros = set(found.zero)
+        filled += [i for i in found.differs if i not in zeros]
+        for i in zeros:
+            sums[i] = 0
+        for i, value in found.damaged.items():
+            sums[i] = value
+        damaged.update(found.damaged)
+        data += map(memoryview, found.blocks)
+    if not damaged.isdisjoint(changed):
+        raise ProtocolError("a patch with a block that is both sent and damaged")
+    view = data[0] if len(data) == 1 else memoryview(b"".join(data))
+    for i, value in zip(filled, block_sums(view), strict=True):
+        if not value:
+            raise CorruptError("a patch with a block of zeros that is not said to be one")
+        sums[i] = value
+    return Patch(version, lineage, _ALL.pack(*sums), frozenset(changed), view)
+
+
+def _decode(piece: Buffer) -> Difference:
+    """Read a reply to PULL; its data is one buffer (ProtocolError)."""
+    view = memoryview(piece)
+    if len(view) < _BITMAPS_SIZE:
+        raise ProtocolError("a patch without its bitmaps")
+    differs, zero, damaged = (
+        blocks_in(view[at : at + BITMAP_SIZE]) for at in range(0, _BITMAPS_SIZE, BITMAP_SIZE)
+    )
+    start = _BITMAPS_SIZE + _SUM_SIZE * len(damaged)
+    filled = len(differs) - len(zero)
+    if not set(zero) <= set(differs) or len(view) != start + filled * BLOCK_SIZE:
+        raise ProtocolError("a patch whose data does not fit its bitmaps")
+    sums = SUMS[len(damaged)].unpack_from(view, _BITMAPS_SIZE)
+    if 0 in sums:
+        raise ProtocolError("a patch with a damaged block of zeros")
+    named = dict(zip(damaged, sums, strict=True))
+    return Difference(0, 0, differs, zero, named, [view[start:]])
+
+
+def bitmap(numbers: Iterable[int]) -> bytes:
+    """Give 128 bytes with the bits of these blocks set (the inverse of `blocks_in`)."""
+    return sum(1 << i for i in numbers).to_bytes(BITMAP_SIZE, "little")
