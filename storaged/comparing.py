@@ -156,7 +156,7 @@ class Comparing(Copies):
         found = self.store.list(header.pool, header.pg, len(self.map.pools[header.pool]))
         layer = header.version
         rows = [
-            [o.oid, o.version, o.lineage, int(o.suspect), o.allocated]
+            [o.oid, o.version, o.lineage, int(o.suspect or o.damaged), o.allocated]
             for o in found
             if not layer or layer_of(o.oid) == layer
         ]

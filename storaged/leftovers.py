@@ -3,7 +3,8 @@
 Always holds:
 - A copy is deleted only when every member of its group has just told that it has the same or a
   newer version, and this node is neither a member nor expected back (I4).
-- What a member lacks, or has an older version of, goes to quarantine: nobody else has it.
+- What a member lacks, or has only an older version or a damaged copy of, goes to quarantine: it may
+  be the only good one.
 - Only groups that are whole are looked at; while one lacks copies, this node's may yet be needed.
 """
 
@@ -105,7 +106,9 @@ class Leftovers:
                 store.delete(own.oid)
                 removed += 1
             else:
-                log.warning("%s: this old copy is the only one; quarantined", describe_oid(own.oid))
+                log.warning(
+                    "%s: this old copy may be the only one; quarantined", describe_oid(own.oid)
+                )
                 store.quarantine(own.oid)
                 quarantined += 1
             if count % BATCH == 0:
@@ -116,7 +119,7 @@ class Leftovers:
         )  # fmt: skip
 
     async def _versions(self, node: int, copies: int, pg: int) -> Mapping[int, int]:
-        """Give object -> version of what a member has; suspects do not count."""
+        """Give object -> version of what a member has; one suspect or damaged does not count."""
         link = self._peers.link(node)
         if link is None:
             raise UnreachableError(f"node {node} cannot be reached")

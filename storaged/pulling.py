@@ -27,6 +27,7 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
 from sheepfs.core.wire import FLAG_SALVAGE, FLAG_YIELD, Header, Op
+from sheepfs.logs import fields
 from sheepfs.net.link import Link
 from storaged.comparing import decode_layout
 from storaged.pacing import cost
@@ -153,14 +154,17 @@ class Pulling:
                 damaged.append(node)
             except SheepError as error:
                 problem = error
-        if self._replica.node not in group.joining or damaged != candidates:
-            return problem
+        if self._replica.node not in group.joining or group.away or damaged != candidates:
+            return problem  # One who is expected back may have what the others lack.
         try:
             link = self._source(group, damaged[0])
             await self._pull_from(link, oid, pool, pg, False, FLAG_SALVAGE)
         except SheepError as error:
             return error
-        log.error("%s: no copy is whole; took what is good of one", describe_oid(oid))
+        log.error(
+            "%s: no copy is whole; took what is good of one", describe_oid(oid),
+            extra=fields(event="salvaged", object=describe_oid(oid), node=damaged[0]),
+        )  # fmt: skip
         return None
 
     async def _pull_from(

@@ -32,12 +32,18 @@ CORRUPT = 2
 
 
 class ObjectInfo(NamedTuple):
-    """An object as peers compare it. `allocated` is bytes in the object's own file."""
+    """An object as peers compare it.
+
+    Attributes:
+        damaged: a block was found to be other than its checksum says, and may still be.
+        allocated: bytes in the object's own file.
+    """
 
     oid: int
     version: int
     lineage: int
     suspect: bool
+    damaged: bool
     allocated: int
 
 
@@ -140,6 +146,7 @@ class StoredObject:
         "bases",
         "blocks",
         "changed",
+        "damaged",
         "file",
         "lineage",
         "linked",
@@ -175,6 +182,7 @@ class StoredObject:
         self.linked = False
         self.changed = False
         self.synced = False
+        self.damaged = False
         self.file: OpenFile | None = None
         self.opened = 0
         self.used = False
@@ -197,7 +205,12 @@ class StoredObject:
     def info(self) -> ObjectInfo:
         """Give what peers compare."""
         return ObjectInfo(
-            self.oid, self.version, self.lineage, self.state != OK, self.blocks * BLOCK_SIZE
+            self.oid,
+            self.version,
+            self.lineage,
+            self.state != OK,
+            self.damaged,
+            self.blocks * BLOCK_SIZE,
         )
 
 

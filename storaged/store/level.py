@@ -232,6 +232,7 @@ class Leveller:
             self._catalog.grow(entry, own - entry.blocks)
             self._relink(entry, file)
             entry.version, entry.lineage = patch.version, patch.lineage
+            entry.damaged = patch.damaged
             # A new file gets its full length by this: a read must not end within a block.
             self._files.write_meta(entry, file)
         except OSError as error:

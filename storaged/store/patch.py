@@ -50,13 +50,18 @@ class Difference(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """A checked difference, ready to be applied: the table to come and the blocks' new data."""
+    """A checked difference, ready to be applied: the table to come and the blocks' new data.
+
+    Attributes:
+        damaged: some blocks had no good copy at the source, and have none after this.
+    """
 
     version: int
     lineage: int
     table: bytes
     differs: frozenset[int]
     data: memoryview
+    damaged: bool
 
 
 def nothing_but_damage(version: int, lineage: int, first: int, end: int) -> Difference:
@@ -100,7 +105,7 @@ def make_patch(digests: bytes, version: int, lineage: int, pieces: Sequence[Buff
         if not value:
             raise CorruptError("a patch with a block of zeros that is not said to be one")
         sums[i] = value
-    return Patch(version, lineage, _ALL.pack(*sums), frozenset(changed), view)
+    return Patch(version, lineage, _ALL.pack(*sums), frozenset(changed), view, bool(damaged))
 
 
 def _decode(piece: Buffer) -> Difference:

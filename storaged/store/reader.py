@@ -78,7 +78,7 @@ class Reader:
                 return None
             pieces, bad = found
             if bad:
-                raise self._corrupt(oid, bad)
+                raise self._corrupt(entry, bad)
         skip = offset - first * BLOCK_SIZE
         surplus = (first + count) * BLOCK_SIZE - end
         if skip:
@@ -116,7 +116,7 @@ class Reader:
                 if not bad:
                     return pieces
                 if self.settled(entry, file, sequence):
-                    raise self._corrupt(oid, bad)
+                    raise self._corrupt(entry, bad)
             current = self._catalog.objects.get(oid)
             if current is None or current.state or self._health.failed is not None:
                 raise self._catalog.refusal(oid)
@@ -274,7 +274,9 @@ class Reader:
             and self._catalog.objects.get(entry.oid) is entry
         )
 
-    def _corrupt(self, oid: int, bad: Sequence[int]) -> CorruptError:
+    def _corrupt(self, entry: StoredObject, bad: Sequence[int]) -> CorruptError:
+        oid = entry.oid
+        entry.damaged = True
         text = ", ".join(map(str, bad[:8])) + (", …" if len(bad) > 8 else "")
         log.error("object %s: checksum mismatch in block %s", format_oid(oid), text)
         return CorruptError(f"object {format_oid(oid)}: checksum mismatch in block {text}", bad)

@@ -6,7 +6,7 @@ No etcd and no leader: a test says what the next map is, as the leader would.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -118,7 +118,11 @@ class StaticCluster:
         return self.map
 
     def publish(
-        self, sync: list[int], joining: list[int] | None = None, vanished: bool = False
+        self,
+        sync: list[int],
+        joining: Sequence[int] | None = None,
+        vanished: bool = False,
+        away: Sequence[int] = (),
     ) -> None:
         """Make the next epoch: the same members for every group.
 
@@ -126,7 +130,7 @@ class StaticCluster:
             vanished: all members are down, and stay, as they are the last.
         """
         epoch = self.map.epoch + 1
-        group = PlacementGroup(epoch, tuple(sync), tuple(joining or ()))
+        group = PlacementGroup(epoch, tuple(sync), tuple(joining or ()), tuple(away))
         self._set(epoch, {self.copies: (group,) * PG_COUNT}, vanished)
 
     def joined(self, node: int, groups: list[JoinedGroup]) -> None:

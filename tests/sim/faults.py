@@ -91,10 +91,15 @@ class Faults:
 
     def _to_spoil(self) -> SimNode | None:
         """Give the one node that may get damage, if all others have good copies now."""
-        if self.world.spoiled is None and self._failing == 0 and self.world.is_whole():
+        if not self._may_spoil():
+            return None
+        if self.world.spoiled is None:
             self.world.spoiled = self._node()
-        spoiled = self.world.spoiled
-        return spoiled if spoiled is not None and spoiled.is_up else None
+        return self.world.spoiled
+
+    def _may_spoil(self) -> bool:
+        """Tell whether each block has a good copy elsewhere: what has none is lost, and rightly."""
+        return self._failing == 0 and self.world.is_whole()
 
     def _some_time(self) -> float:
         return self.world.rng.choice((0.1, 1.0, 3.0, 8.0, 15.0))
@@ -279,6 +284,7 @@ class Faults:
         node = self._to_spoil()
         if node and node.process:
             node.process.spoil_next = self.world.rng.choice(("lost", "misdirected"))
+            node.process.may_spoil = self._may_spoil
             self.say(f"the next write to {node.name} is {node.process.spoil_next}")
         await trio.lowlevel.checkpoint()
 

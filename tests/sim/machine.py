@@ -96,7 +96,8 @@ class ProcessDisk:
         calls_left: the process dies within the call that finds none left.
         fail_next: name of a method -> errno of its next call.
         spoil_next: what becomes of the next write of object data: "lost" or "misdirected", although
-            it succeeds.
+            it succeeds, ...
+        may_spoil: ... provided that this says so then.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class ProcessDisk:
         self.calls_left = -1
         self.fail_next: dict[str, int] = {}
         self.spoil_next = ""
+        self.may_spoil: Callable[[], bool] = lambda: True
         self._objects: set[int] = set()
         """Descriptors of object files."""
         self._on_death = on_death
@@ -143,7 +145,7 @@ class ProcessDisk:
         self._before("pwrite")
         end = offset + len(data)
         is_data = fd in self._objects and not (offset % BLOCK or end % BLOCK) and end <= OBJECT_SIZE
-        if self.spoil_next and is_data:
+        if self.spoil_next and is_data and self.may_spoil():
             how, self.spoil_next = self.spoil_next, ""
             if how == "misdirected":
                 self.disk.pwrite(fd, data, (offset + OBJECT_SIZE // 2) % OBJECT_SIZE)

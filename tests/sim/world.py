@@ -9,7 +9,7 @@ import struct
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -28,7 +28,7 @@ from sheepfs.core.metadata import Keys, RecoveryRecord, ScrubRecord
 from sheepfs.net import link, router
 from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, Threads
 from sim.network import SimHost, SimNetwork
-from storaged import agreement, daemon, leader, membership, recovery, removal, selfcheck
+from storaged import agreement, daemon, leader, membership, recovery, removal, selfcheck, server
 from storaged.daemon import Daemon, Machine, Options
 from storaged.logic.scrub import DAY_S
 from storaged.store import dirtylog, files, flush
@@ -95,12 +95,16 @@ class ScrubWatch(logging.Handler):
         self._world = world
 
     def emit(self, record: logging.LogRecord) -> None:
+        host, world = HOST.get(), self._world
+        name = host.name if host else ""
+        if getattr(record, "fields", {}).get("event") == "salvaged":
+            world.salvaged.add(name)
         if record.name not in (selfcheck.__name__, agreement.__name__):
             return
-        host, spoiled = HOST.get(), self._world.spoiled
-        is_known = spoiled is not None and host is not None and host.name == spoiled.name
-        if record.levelno >= logging.ERROR or not is_known:
-            self._world.fail(AssertionError(f"scrubbing says: {record.getMessage()}"))
+        known = {world.spoiled.name, *world.salvaged} if world.spoiled else world.salvaged
+        is_lost = record.levelno >= logging.ERROR
+        if name not in known or (is_lost and not world.salvaged):
+            world.fail(AssertionError(f"scrubbing says: {record.getMessage()}"))
 
 
 class SimNode:
@@ -213,10 +217,14 @@ class World:
         self.scrub_every_s = scrub_rng.choice((0.0, 2.0, 10.0))
         """How often scrubbing looks at everything; 0: by its default, so never."""
         self.knobs[agreement, "SECOND_LOOK_S"] = scrub_rng.choice((0.5, 10.0))
+        self.hints = random.Random(f"hints {seed}").random() < 0.5
+        """Whether daemons push each new map to their clients, which nothing may depend on."""
         self.gone: set[int] = set()
         """Ids of nodes that never come back."""
         self.spoiled: SimNode | None = None
         """The one node whose disk may hold other data than was written."""
+        self.salvaged: set[str] = set()
+        """Nodes that took what was good of a damaged copy, when nobody with another was left."""
         self.network = SimNetwork(
             random.Random(rng.random()),
             rng.choice((0.0001, 0.0005, 0.003)),
@@ -246,7 +254,8 @@ class World:
         async with trio.open_nursery() as nursery:
             self.nursery = nursery
             knobs = {name: value for (_, name), value in self.knobs.items()}
-            self.history.say("-", f"{knobs}, out after {self.out_after_s:g} s")
+            hints = "" if self.hints else ", new maps are not pushed"
+            self.history.say("-", f"{knobs}, out after {self.out_after_s:g} s{hints}")
             if self.scrub_every_s:
                 days = self.scrub_every_s / DAY_S
                 record = ScrubRecord(deep_days=days, light_days=days)
@@ -315,20 +324,20 @@ class World:
         found = self.map()
         assert found is not None
         stores: dict[int, ObjectStore] = {}
-        spoiled = 0
+        damaged = []
         for node in self.nodes:
             node.kept_down += 1
             await node.kill(power=False)
             store = ObjectStore.open(Path("/sim"), disk=node.disk)
             assert store.node_id is not None
             stores[store.node_id] = store
-            if node is self.spoiled:
-                spoiled = store.node_id
+            if node is self.spoiled or node.name in self.salvaged:
+                damaged.append(store)
         for copies, groups in found.pools.items():
             for number, group in enumerate(groups):
                 held = {
                     node: {
-                        info.oid: stores[node].digests(info.oid)
+                        info.oid
                         for info in stores[node].list(copies, number, len(groups))
                         if info.oid in named
                     }
@@ -336,14 +345,12 @@ class World:
                 }
                 (first, expected), *others = held.items()
                 for other, objects in others:
-                    assert objects.keys() == expected.keys(), (
+                    assert objects == expected, (
                         f"group {copies}/{number}: node {first} has {sorted(expected)},"
                         f" node {other} has {sorted(objects)}"
                     )
-                    bad = [oid for oid in objects if objects[oid] != expected[oid]]
-                    if spoiled in (first, other):
-                        good = objects if spoiled == first else expected
-                        bad = [oid for oid in bad if not is_known(stores[spoiled], oid, good[oid])]
+                    sides = (stores[first], stores[other])
+                    bad = [oid for oid in sorted(objects) if differ(oid, sides, damaged)]
                     assert not bad, f"nodes {first} and {other} differ in {bad}"
 
     async def wait_whole(self) -> None:
@@ -355,19 +362,28 @@ class World:
         raise AssertionError(f"not whole after {DEADLINE_S:g} s: {self.lacks()}")
 
 
-def is_known(store: ObjectStore, oid: int, good: bytes) -> bool:
-    """Tell whether no read gives anything else than what has these digests elsewhere."""
-    pairs = zip(_DIGESTS.unpack(store.digests(oid)), _DIGESTS.unpack(good), strict=True)
-    for block, (here, there) in enumerate(pairs):
-        if here == there:
+def differ(oid: int, sides: Sequence[ObjectStore], damaged: Collection[ObjectStore]) -> bool:
+    """Tell whether two stores give different data for a block of an object.
+
+    Of those that may be damaged, a block that they refuse to give does not count.
+    """
+    digests = [store.digests(oid) for store in sides]
+    if digests[0] == digests[1]:
+        return False
+    for block, sums in enumerate(zip(*map(_DIGESTS.unpack, digests), strict=True)):
+        if sums[0] == sums[1]:
             continue
-        try:
-            data = store.read(oid, block * BLOCK_SIZE, BLOCK_SIZE, wait=True)
-        except (CorruptError, RecoveringError):
-            continue
-        if block_sum(b"".join(data or ())) != there:
-            return False
-    return True
+        given = set()
+        for store, on_disk in zip(sides, sums, strict=True):
+            if store not in damaged:
+                given.add(on_disk)
+                continue
+            with suppress(CorruptError, RecoveringError):
+                data = store.read(oid, block * BLOCK_SIZE, BLOCK_SIZE, wait=True)
+                given.add(block_sum(b"".join(data or ())))
+        if len(given) > 1:
+            return True
+    return False
 
 
 @contextmanager
@@ -415,6 +431,8 @@ def determined(world: World, seed: int) -> Iterator[None]:
     put(daemon, "RecoveryRecord", setting)
     for (module, name), value in world.knobs.items():
         put(module, name, value)
+    if not world.hints:
+        put(server.Server, "publish", lambda self, cluster_map: None)
     put(secrets, "token_hex", lambda size=16: rng.randbytes(size).hex())
     put(secrets, "randbits", rng.getrandbits)
     put(uuid, "uuid4", made_up)

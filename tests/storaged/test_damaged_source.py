@@ -1,4 +1,4 @@
-"""A node joins a group whose last copies are damaged: it takes what is good, and serves no other."""
+"""A node joins a group whose last copies are damaged: it takes what is good, and serves no more."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ def read(cluster: StaticCluster, node: int, oid: int, block: int) -> bytes:
     return b"".join(pieces)
 
 
+async def mend(cluster: StaticCluster, node: int) -> None:
+    """What a read of a bad block, or scrubbing, leads to."""
+    await cluster.nodes[node].replica.level(OID, 3, pg_of(OID, len(cluster.map.pools[3])))
+
+
 def joined(cluster: StaticCluster, node: int) -> bool:
     return all(node in group.sync for group in cluster.map.pools[3])
 
@@ -73,7 +78,9 @@ async def test_a_damaged_block_of_the_last_copy_is_handed_over_as_damaged(tmp_pa
         cluster.publish([1], [3])
         await wait_until(lambda: joined(cluster, 3))
         store = cluster.nodes[3].store
-        assert store.get(OID).version == V
+        found = store.get(OID)
+        assert found is not None
+        assert found.version == V
         assert [read(cluster, 3, OID, i) for i in range(8) if i != 3] == [b"a" * BLOCK] * 7
         with pytest.raises(CorruptError):
             read(cluster, 3, OID, 3)
@@ -81,6 +88,23 @@ async def test_a_damaged_block_of_the_last_copy_is_handed_over_as_damaged(tmp_pa
         assert store.sums(OID) == cluster.nodes[1].store.sums(OID)
         await change(cluster, router, OID, b"b" * 4 * BLOCK, V, V + 1)
         assert {read(cluster, node, OID, 3) for node in (1, 3)} == {b"b" * BLOCK}
+
+
+async def test_while_another_is_expected_back_nobody_takes_less(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path, 3) as (cluster, router):
+        await lone(cluster, router, 2)
+        spoil(cluster, 1, 3 * BLOCK + 7)
+        cluster.nodes[2].stop()
+        cluster.publish([1], away=[2])
+        await cluster.nodes[3].start()
+        cluster.publish([1], [3], away=[2])
+        await wait_until(lambda: cluster.nodes[3].store.get(OTHER) is not None)
+        assert not joined(cluster, 3)
+        await cluster.nodes[2].start()
+        cluster.publish([1], [2, 3])
+        await wait_until(lambda: joined(cluster, 2) and joined(cluster, 3))
+        await mend(cluster, 3)
+        assert all(read(cluster, n, OID, 3) == b"a" * BLOCK for n in (2, 3))
 
 
 async def test_what_one_damaged_copy_lacks_comes_from_another(tmp_path: Path) -> None:
@@ -91,7 +115,7 @@ async def test_what_one_damaged_copy_lacks_comes_from_another(tmp_path: Path) ->
         await cluster.nodes[3].start()
         cluster.publish([1, 2], [3])
         await wait_until(lambda: joined(cluster, 3))
-        await cluster.nodes[3].replica.level(OID, 3, pg_of(OID, len(cluster.map.pools[3])))
+        await mend(cluster, 3)
         assert [read(cluster, 3, OID, i) for i in range(8)] == [b"a" * BLOCK] * 8
 
 

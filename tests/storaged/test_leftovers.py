@@ -11,6 +11,7 @@ import trio
 
 from fakes.static_cluster import PG_COUNT, StaticCluster, StaticNode, static_cluster
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
+from sheepfs.core.errors import CorruptError
 from sheepfs.core.geometry import data_object, make_layer, pg_of
 from storaged.leftovers import Leftovers, is_settled
 
@@ -63,6 +64,21 @@ async def test_a_copy_that_a_member_lacks_or_has_older_is_kept_aside(
             put(cluster.nodes[3], OID, theirs)
         assert await leftovers.look()
         assert cluster.nodes[1].store.get(OID) is None
+        assert cluster.nodes[1].store.usage().quarantined == 1
+
+
+async def test_a_copy_of_what_is_known_to_be_damaged_at_a_member_is_kept_aside(
+    tmp_path: Path,
+) -> None:
+    async with moved_away(tmp_path) as (cluster, leftovers):
+        for node in (1, 2, 3):
+            put(cluster.nodes[node], OID, 5)
+        path = next(cluster.nodes[2].path.glob(f"objects/*/*/{OID:016x}"))
+        with path.open("r+b") as file:
+            file.write(b"\xaa")
+        with pytest.raises(CorruptError):
+            cluster.nodes[2].store.read(OID, 0, BLOCK, wait=True)
+        assert await leftovers.look()
         assert cluster.nodes[1].store.usage().quarantined == 1
 
 

@@ -98,7 +98,7 @@ def test_create_voids_what_the_object_held(store: ObjectStore) -> None:
 def test_create_without_data_makes_an_object_of_zeros(store: ObjectStore) -> None:
     version = put(store, A, create=True)
     assert get(store, A) == bytes(OBJECT_SIZE)
-    assert store.list(3, A % 4) == [(A, version, 0, False, 0)]
+    assert store.list(3, A % 4) == [(A, version, 0, False, False, 0)]
 
 
 def test_create_in_another_group_moves_the_object(store: ObjectStore, tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_after_a_kill_the_marked_objects_are_suspects(tmp_path: Path) -> None:
     store = _open(tmp_path)
     assert not store.was_clean
     assert store.suspects() == [B]
-    assert store.list(3, B % 4) == [(B, version, 0, True, 4096)]
+    assert store.list(3, B % 4) == [(B, version, 0, True, False, 4096)]
     assert get(store, A, 0, 5) == b"clean"
     for call in (
         lambda: get(store, B, 0, 1),
