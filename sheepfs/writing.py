@@ -20,7 +20,7 @@ from sheepfs.backend import Done
 from sheepfs.callbacks import Completed, completion, countdown
 from sheepfs.convergence import Convergence
 from sheepfs.copyonwrite import CopyOnWrite
-from sheepfs.core.errors import LostWritesError
+from sheepfs.core.errors import LostWritesError, ObjectNotFoundError
 from sheepfs.core.geometry import (
     MAX_VDI_SIZE,
     OBJECT_SIZE,
@@ -299,12 +299,17 @@ class MapWriter(MapReader):
             copies.copied += 1
         else:
             state = replicator.state(data_object(layer, index))
+            is_lost = False
             if not state.ready:
-                await replicator.open(state)
+                try:
+                    await replicator.open(state)
+                except ObjectNotFoundError:
+                    is_lost = True  # It can be given up, and made anew.
             if self._map.get(index) != layer or index in self._map.creating:
                 return  # Somebody else punched it meanwhile.
             self._map.discard(index)
-            flusher.discarded[state.oid] = state.version
+            if not is_lost:
+                flusher.discarded[state.oid] = state.version
         self._allocated -= OBJECT_SIZE
 
     def _after_copy(self, index: int, done: Completed) -> None:

@@ -387,6 +387,8 @@ def test_what_was_flushed_outlives_kills_of_mounts_tools_and_daemons(
 ) -> None:
     if number > 0 and not soak:
         pytest.skip("only with SHEEPFS_SOAK=1")
+    # Nodes are killed and started by the minute: nobody is to be held out for that.
+    mounted.cluster.sheepctl("node", "patience", "--longest", "0")
     killing = Killing(mounted, seed_of(number))
     killing.run(2_000 if soak else 80)
     cluster = mounted.cluster

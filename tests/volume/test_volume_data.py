@@ -431,3 +431,21 @@ async def test_a_reader_follows_a_rollback(tmp_path: Path) -> None:
         assert await there.read(0, BLOCK) in (A, B)
         there.volume._map.forget_clean()
         assert await there.read(0, BLOCK) == A
+
+
+async def test_what_no_node_has_any_more_can_be_given_up_and_made_anew(tmp_path: Path) -> None:
+    async with mounted(tmp_path, 2 * OBJECT_SIZE) as (cluster, here, there):
+        await here.write(0, A)
+        await here.write(OBJECT_SIZE, B)
+        await here.flush()
+        await here.volume.detach()
+        for node in cluster.nodes.values():
+            node.store.delete(data_object(LAYER, 0))
+        with pytest.raises(OperationError, match="EIO"):
+            await there.write(0, B)
+        await there.volume.punch(0, OBJECT_SIZE)
+        assert await there.read(0, BLOCK) == bytes(BLOCK)
+        await there.write(BLOCK, A)
+        await there.flush()
+        assert await there.read(0, 2 * BLOCK) == bytes(BLOCK) + A
+        assert await there.read(OBJECT_SIZE, BLOCK) == B
