@@ -15,12 +15,9 @@ from typing import NamedTuple
 
 from sheepfs.core.errors import RetryableError
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid
-from storaged.store.catalog import Catalog
-from storaged.store.disk import Disk, Health
 from storaged.store.entry import OpenFile, StoredObject
-from storaged.store.files import OpenFiles
 from storaged.store.format import META_SIZE, SUMS
-from storaged.store.reader import Reader
+from storaged.store.parts import Parts
 
 _CHUNK = 256
 """Blocks read at once."""
@@ -51,14 +48,12 @@ class Checked(NamedTuple):
 class Checker:
     """Checks objects. Its methods block, and may be called from any thread."""
 
-    def __init__(
-        self, disk: Disk, health: Health, catalog: Catalog, files: OpenFiles, reader: Reader
-    ) -> None:
-        self._disk = disk
-        self._health = health
-        self._catalog = catalog
-        self._files = files
-        self._reader = reader
+    def __init__(self, parts: Parts) -> None:
+        self._disk = parts.disk
+        self._health = parts.health
+        self._catalog = parts.catalog
+        self._files = parts.files
+        self._reader = parts.reader
 
     def check(self, oid: int) -> Checked:
         """See ObjectStore.check."""

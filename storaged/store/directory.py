@@ -24,6 +24,7 @@ from storaged.store.flush import FlushTracker
 from storaged.store.format import cluster_hash
 from storaged.store.level import Leveller
 from storaged.store.maker import Maker
+from storaged.store.parts import Parts
 from storaged.store.reader import Reader
 from storaged.store.sharing import Sharing
 from storaged.store.space import SpaceGuard
@@ -54,9 +55,8 @@ class DataDirectory:
         self._tokens = TokenLog(disk, self._health)
         self._space = SpaceGuard(disk, reserve_bytes)
         self._reader = Reader(disk, self._health, self._catalog, self._files)
-        self._checker = Checker(disk, self._health, self._catalog, self._files, self._reader)
         self._tracker = FlushTracker(disk, self._health, self._marks, self._files)
-        self._sharing = Sharing(
+        parts = Parts(
             disk,
             self._health,
             self._catalog,
@@ -64,40 +64,13 @@ class DataDirectory:
             self._reader,
             self._tracker,
             self._marks,
-        )
-        self._writer = Writer(
-            disk,
-            self._health,
-            self._catalog,
-            self._files,
-            self._reader,
-            self._tracker,
             self._space,
-            self._sharing,
         )
-        self._maker = Maker(
-            disk,
-            self._health,
-            self._catalog,
-            self._files,
-            self._tracker,
-            self._marks,
-            self._space,
-            self._sharing,
-            self._writer,
-        )
-        self._leveller = Leveller(
-            disk,
-            self._health,
-            self._catalog,
-            self._files,
-            self._reader,
-            self._tracker,
-            self._space,
-            self._sharing,
-            self._maker.make,
-            self._writer.delete,
-        )
+        self._checker = Checker(parts)
+        self._sharing = Sharing(parts)
+        self._writer = Writer(parts, self._sharing)
+        self._maker = Maker(parts, self._sharing, self._writer)
+        self._leveller = Leveller(parts, self._sharing, self._maker.make, self._writer.delete)
         self._lock_fd = -1
         self._quarantined = 0
 

@@ -22,11 +22,8 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid
 from sheepfs.core.wire import Buffer
-from storaged.store.catalog import Catalog
-from storaged.store.disk import Disk, Health, disk_error, write_all
+from storaged.store.disk import Disk, disk_error, write_all
 from storaged.store.entry import CORRUPT, OK, SUSPECT, OpenFile, Overlay, StoredObject
-from storaged.store.files import OpenFiles
-from storaged.store.flush import FlushTracker
 from storaged.store.format import (
     EMPTY_TABLE,
     META_SIZE,
@@ -35,10 +32,10 @@ from storaged.store.format import (
     SourcesLostError,
     runs,
 )
+from storaged.store.parts import Parts
 from storaged.store.patch import UNKNOWN_SUM, Difference, Patch, nothing_but_damage
-from storaged.store.reader import MISSING, Reader, stretches
+from storaged.store.reader import MISSING, stretches
 from storaged.store.sharing import Sharing
-from storaged.store.space import SpaceGuard
 
 log = logging.getLogger(__name__)
 _CHUNK = 256
@@ -85,25 +82,19 @@ class Leveller:
 
     def __init__(
         self,
-        disk: Disk,
-        health: Health,
-        catalog: Catalog,
-        files: OpenFiles,
-        reader: Reader,
-        tracker: FlushTracker,
-        space: SpaceGuard,
+        parts: Parts,
         sharing: Sharing,
         make: Callable[[int, int, int], StoredObject],
         remove: Callable[[int], None],
     ) -> None:
         """`make(oid, pool, pg)` makes an empty object, `remove(oid)` removes one."""
-        self._disk = disk
-        self._health = health
-        self._catalog = catalog
-        self._files = files
-        self._reader = reader
-        self._tracker = tracker
-        self._space = space
+        self._disk = parts.disk
+        self._health = parts.health
+        self._catalog = parts.catalog
+        self._files = parts.files
+        self._reader = parts.reader
+        self._tracker = parts.tracker
+        self._space = parts.space
         self._sharing = sharing
         self._make = make
         self._remove = remove

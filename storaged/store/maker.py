@@ -13,40 +13,25 @@ from contextlib import contextmanager
 from sheepfs.core.errors import NoSpaceError, RetryableError, SheepError, UsageError
 from sheepfs.core.geometry import BLOCK_SIZE, OBJECT_SIZE, format_oid
 from sheepfs.core.wire import Buffer
-from storaged.store.catalog import Catalog
-from storaged.store.dirtylog import DirtyLog
-from storaged.store.disk import Disk, Health, make_directory, write_all
+from storaged.store.disk import Disk, make_directory, write_all
 from storaged.store.entry import OK, SUSPECT, OpenFile, StoredObject
-from storaged.store.files import OpenFiles
-from storaged.store.flush import FlushTracker
 from storaged.store.format import EMPTY_TABLE, META_SIZE
+from storaged.store.parts import Parts
 from storaged.store.sharing import Copy, Sharing
-from storaged.store.space import SpaceGuard
 from storaged.store.writer import Writer
 
 
 class Maker:
     """Makes objects. Loop only; blocks for cold bases."""
 
-    def __init__(
-        self,
-        disk: Disk,
-        health: Health,
-        catalog: Catalog,
-        files: OpenFiles,
-        tracker: FlushTracker,
-        marks: DirtyLog,
-        space: SpaceGuard,
-        sharing: Sharing,
-        writer: Writer,
-    ) -> None:
-        self._disk = disk
-        self._health = health
-        self._catalog = catalog
-        self._files = files
-        self._tracker = tracker
-        self._marks = marks
-        self._space = space
+    def __init__(self, parts: Parts, sharing: Sharing, writer: Writer) -> None:
+        self._disk = parts.disk
+        self._health = parts.health
+        self._catalog = parts.catalog
+        self._files = parts.files
+        self._tracker = parts.tracker
+        self._marks = parts.marks
+        self._space = parts.space
         self._sharing = sharing
         self._writer = writer
 

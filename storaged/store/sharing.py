@@ -27,14 +27,11 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid
 from sheepfs.core.wire import Buffer
-from storaged.store.catalog import Catalog
-from storaged.store.dirtylog import DirtyLog
-from storaged.store.disk import Disk, Health, disk_error, write_all
+from storaged.store.disk import disk_error, write_all
 from storaged.store.entry import OpenFile, Overlay, StoredObject, sibling
-from storaged.store.files import OpenFiles
-from storaged.store.flush import FlushTracker
 from storaged.store.format import EMPTY_TABLE, MAX_BASES, SUMS, Sources
-from storaged.store.reader import Reader, stretches
+from storaged.store.parts import Parts
+from storaged.store.reader import stretches
 
 log = logging.getLogger(__name__)
 _ALL = SUMS[BLOCKS_PER_OBJECT]
@@ -59,23 +56,14 @@ class Copy(NamedTuple):
 class Sharing:
     """Who inherits what. Its methods block; for which thread each is, it says."""
 
-    def __init__(
-        self,
-        disk: Disk,
-        health: Health,
-        catalog: Catalog,
-        files: OpenFiles,
-        reader: Reader,
-        tracker: FlushTracker,
-        marks: DirtyLog,
-    ) -> None:
-        self._disk = disk
-        self._health = health
-        self._catalog = catalog
-        self._files = files
-        self._reader = reader
-        self._tracker = tracker
-        self._marks = marks
+    def __init__(self, parts: Parts) -> None:
+        self._disk = parts.disk
+        self._health = parts.health
+        self._catalog = parts.catalog
+        self._files = parts.files
+        self._reader = parts.reader
+        self._tracker = parts.tracker
+        self._marks = parts.marks
         # The loop unshares what a thread is about to when it cannot wait for that.
         self._lock = threading.Lock()
 

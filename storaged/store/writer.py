@@ -18,15 +18,11 @@ from collections.abc import Sequence
 from sheepfs.core.errors import SheepError, UsageError
 from sheepfs.core.geometry import BLOCK_SIZE, OBJECT_SIZE, format_oid
 from sheepfs.core.wire import Buffer
-from storaged.store.catalog import Catalog
-from storaged.store.disk import Disk, Health, disk_error, write_all
+from storaged.store.disk import disk_error, write_all
 from storaged.store.entry import SUSPECT, OpenFile, Overlay, StoredObject
-from storaged.store.files import OpenFiles
-from storaged.store.flush import FlushTracker
 from storaged.store.format import SUMS, block_sum, block_sums
-from storaged.store.reader import Reader
+from storaged.store.parts import Parts
 from storaged.store.sharing import Sharing
-from storaged.store.space import SpaceGuard
 
 log = logging.getLogger(__name__)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -35,24 +31,14 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 class Writer:
     """Changes objects. Loop only; no method blocks but for cold headers and cold edges."""
 
-    def __init__(
-        self,
-        disk: Disk,
-        health: Health,
-        catalog: Catalog,
-        files: OpenFiles,
-        reader: Reader,
-        tracker: FlushTracker,
-        space: SpaceGuard,
-        sharing: Sharing,
-    ) -> None:
-        self._disk = disk
-        self._health = health
-        self._catalog = catalog
-        self._files = files
-        self._reader = reader
-        self._tracker = tracker
-        self._space = space
+    def __init__(self, parts: Parts, sharing: Sharing) -> None:
+        self._disk = parts.disk
+        self._health = parts.health
+        self._catalog = parts.catalog
+        self._files = parts.files
+        self._reader = parts.reader
+        self._tracker = parts.tracker
+        self._space = parts.space
         self._sharing = sharing
 
     def write(self, oid: int, offset: int, data: Buffer, version: int) -> None:
