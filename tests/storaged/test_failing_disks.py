@@ -25,7 +25,7 @@ async def test_a_take_over_waits_until_a_node_whose_disk_fails_is_voted_out(
 ) -> None:
     async with holding(tmp_path) as (cluster, router, _), trio.open_nursery() as nursery:
         failing = cluster.nodes[3]
-        failing.store.set_token = failed
+        failing.store.set_token = failed  # type: ignore[method-assign]
         nursery.start_soon(fence_everywhere, router, VDI, 5)
         await wait_until(lambda: failing.disk_errors)
         failing.clean = False
@@ -43,7 +43,7 @@ async def test_a_node_does_not_leave_because_of_the_disk_of_a_peer_that_it_learn
     monkeypatch.setattr(pulling, "PATIENCE_S", 0.1)
     async with holding(tmp_path) as (cluster, router, holder):
         await holder.create(OID, b"a" * BLOCK)
-        cluster.nodes[2].store.difference = failed
+        cluster.nodes[2].store.difference = failed  # type: ignore[method-assign]
         link = router.link(1)
         assert link is not None
         with pytest.raises(RetryableError, match="node 2 leaves: Input/output error"):
@@ -56,7 +56,7 @@ async def test_a_read_that_a_disk_refuses_is_served_by_another_node(tmp_path: Pa
     async with holding(tmp_path) as (cluster, _, holder):
         await holder.create(OID, b"a" * BLOCK)
         for number in (1, 2):
-            cluster.nodes[number].store.read = failed
+            cluster.nodes[number].store.read = failed  # type: ignore[method-assign]
         for _turn in range(3):
             assert await holder.read(OID) == b"a" * BLOCK
         assert on_disk(cluster, 3) == b"a" * BLOCK
