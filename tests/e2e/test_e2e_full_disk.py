@@ -107,8 +107,7 @@ def test_full_disks_stop_writers_only_and_recovery_stops_short_of_the_reserve(
         for file in small.disks[3].path.glob("data/*"):
             remove(file)
         ballast = small.disks[3].path / "ballast"
-        with ballast.open("wb") as taken:
-            os.posix_fallocate(taken.fileno(), 0, size * 55 // 100 * MIB)
+        wait_for(lambda: takes(ballast, size * 55 // 100 * MIB), 20, "the old disk's room")
         cluster.start_node(3)
         wait_for(
             lambda: "the disk is full" in " ".join(mounted.status()["reasons"]), 30, "a full disk"
@@ -162,6 +161,18 @@ def discard(fd: int, offset: int, length: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     result = libc.fallocate(fd, 0x02 | 0x01, ctypes.c_int64(offset), ctypes.c_int64(length))
     assert result == 0, os.strerror(ctypes.get_errno())
+
+
+def takes(path: Path, size_bytes: int) -> bool:
+    """Take room on a disk; False: what was removed from it a moment ago is not free yet."""
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return False
+    return True
 
 
 def remove(path: Path) -> None:
