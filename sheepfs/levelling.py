@@ -18,7 +18,6 @@ import trio
 from sheepfs.changes import ObjectState
 from sheepfs.core.errors import (
     CorruptError,
-    DiskError,
     FencedError,
     ObjectNotFoundError,
     RetryableError,
@@ -162,7 +161,7 @@ class Leveller:
             found[link.node] = (header.version, header.span)
         except (ObjectNotFoundError, CorruptError):
             found[link.node] = None
-        except (RetryableError, DiskError) as error:
+        except RetryableError as error:
             # A node whose disk failed is voted out soon, as one that does not answer.
             log.debug("stat of %s at node %d: %s", describe_oid(state.oid), link.node, error)
         except SheepError as error:

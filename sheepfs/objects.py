@@ -20,7 +20,6 @@ from sheepfs.backend import ReadDone
 from sheepfs.callbacks import ignore_answer
 from sheepfs.core.errors import (
     CorruptError,
-    DiskError,
     LostWritesError,
     ObjectNotFoundError,
     RetryableError,
@@ -149,7 +148,7 @@ class ObjectReader:
                     bad[node] = error
                 except StaleEpochError:
                     await self._refresh()
-                except (RetryableError, DiskError) as error:
+                except RetryableError as error:
                     # A node whose disk failed leaves; until then the others have the data.
                     log.debug("%s from node %d: %s", describe_oid(oid), node, error)
                 else:

@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 STOP_GRACE_S = 2.0
 START_RETRY_S = 1.0
 CAPACITY_EVERY_S = 60.0
+FAILURE_EVERY_S = 1.0
 GIB = 1 << 30
 
 
@@ -182,6 +183,7 @@ class Daemon:
             if options.weight is None:
                 nursery.start_soon(_follow_capacity, objects, announcer)
             nursery.start_soon(parts.scrubber.run)
+            nursery.start_soon(_watch_disk, objects, self._fail)
             nursery.start_soon(watch_slow, lambda: [(f"node {node}", parts.server.traffic)])
             if metrics is not None:
                 log.info("metrics are served at port %d", metrics.port)
@@ -395,6 +397,18 @@ async def _follow_capacity(objects: ObjectStore, announcer: Announcer) -> None:
         await trio.sleep(CAPACITY_EVERY_S)
         with suppress(SheepError):  # A failed disk ends the daemon by itself.
             announcer.change_weight(_capacity(objects))
+
+
+async def _watch_disk(objects: ObjectStore, fail: Callable[[SheepError], None]) -> None:
+    """Tell of a disk that failed in the background, where no client's request met it (I5).
+
+    Who catches up, for one, tries again whatever the error was.
+    """
+    while True:
+        await trio.sleep(FAILURE_EVERY_S)
+        if objects.failure is not None:
+            fail(objects.failure)
+            return
 
 
 def _own_address(listen_at: str, etcd: str, port: int) -> str:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import trio
 
-from sheepfs.core.errors import SheepError, UsageError
+from sheepfs.core.errors import DiskError, SheepError, UsageError
 from sheepfs.core.metadata import check_cluster_name
 from sheepfs.logs import add_log_options, log_to_stderr
 from sheepfs.net.groups import plain_errors
@@ -27,6 +27,8 @@ from storaged.daemon import Daemon, Options
 log = logging.getLogger(__name__)
 
 DEFAULT_LISTEN = "0.0.0.0:7000"
+EXIT_DISK_FAILED = 3
+"""Not started again by systemd: a sync that failed must not succeed the second time (I5)."""
 
 _EPILOG = """\
 Start one daemon for each disk, with an empty directory and etcd's address: it joins the cluster by
@@ -123,7 +125,8 @@ def _ready(line: str) -> None:
 def main() -> None:
     """Run the daemon until a signal or a disk error.
 
-    Exit codes: 0 stopped cleanly, 1 it failed (the reason is on stderr), 2 bad usage.
+    Exit codes: 0 stopped cleanly, 1 it failed (the reason is on stderr), 2 bad usage, 3 the disk
+    failed.
     """
     args = build_parser().parse_args()
     log_to_stderr(args.log_format, args.log_level)
@@ -142,6 +145,9 @@ def main() -> None:
     except UsageError as error:
         print(f"sheepfs-storaged: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except DiskError as error:
+        print(f"sheepfs-storaged: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_DISK_FAILED) from error
     except (SheepError, OSError) as error:
         print(f"sheepfs-storaged: {error}", file=sys.stderr)
         raise SystemExit(1) from error

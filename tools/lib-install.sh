@@ -91,6 +91,8 @@ want_test_tools() {
     want fio has_command fio
     want qemu-system-x86 has_command qemu-system-x86_64
     want qemu-utils has_command qemu-io
+    # In this package or in qemu-utils, as the release of Debian has it.
+    want qemu-system-common has_command qemu-storage-daemon
     want e2fsprogs has_command mkfs.ext4
     want iproute2 has_command ip
     want iptables has_command iptables

@@ -69,6 +69,12 @@ class ManagedProcess:
     directory: Path
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
+    _child: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def exit_code(self) -> int | None:
+        """How the program ended; None: it has not, or another program started it."""
+        return None if self._child is None else self._child.poll()
 
     @property
     def pid_file(self) -> Path:
@@ -105,6 +111,7 @@ class ManagedProcess:
                 start_new_session=True,
             )
         _children.append(child)
+        self._child = child
         start = process_start(child.pid)
         if start is None:
             raise StartError(f"{self.name} ended at once{self.last_words()}")

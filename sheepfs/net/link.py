@@ -162,6 +162,10 @@ class Link:
         header, body = result[0]
         if header is None:
             raise UnreachableError(f"the connection to node {self.node} was lost")
+        if header.status == Status.IO_ERROR:
+            # It leaves, and is soon as one that does not answer. It is not the caller's own disk:
+            # a daemon that is asked to learn from it must not leave, too.
+            raise UnreachableError(f"node {self.node} leaves: {describe(body)}")
         if header.status != Status.OK:
             raise with_version(error_for(header.status, describe(body)), header)
         return header, body

@@ -156,13 +156,14 @@ class DataDirectory:
             self.was_clean = True
             return
         self._tokens.load()
+        marked, damaged = self._marks.load()
         entries = startup.take_index(self._disk)
         self.was_clean = entries is not None
         if entries is None:
             # A killed process leaves names and data in memory that nothing would sync any more.
             self._disk.syncfs()
-            entries = startup.scan(self._disk, cluster_hash(self._superblock.cluster))
-        marked, damaged = self._marks.load()
+            cluster = cluster_hash(self._superblock.cluster)
+            entries = startup.scan(self._disk, cluster, None if damaged else marked)
         if damaged:
             log.error("dirty.log is damaged: every object is compared with its peers")
         for entry in entries:

@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from sheepfs.core.errors import NoSpaceError, SheepError
+from sheepfs.core.errors import DiskError, NoSpaceError, SheepError
 from sheepfs.core.geometry import BLOCKS_PER_OBJECT, format_oid, layer_of, pg_of
 from sheepfs.core.wire import Buffer
 from storaged.store import startup
@@ -286,6 +286,11 @@ class ObjectStore(DataDirectory):
         Raises: as `read`, but RecoveringError.
         """
         return self._checker.verify(oid)
+
+    @property
+    def failure(self) -> DiskError | None:
+        """Why the store is out of use, once the disk has failed (I5)."""
+        return self._health.failed
 
     @property
     def has_failed(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import islice
 
 from xxhash import xxh3_64_intdigest
@@ -87,15 +88,20 @@ def _entries(body: memoryview, count: int) -> list[StoredObject]:
     return result
 
 
-def scan(disk: Disk, cluster: int) -> list[StoredObject]:
+def scan(disk: Disk, cluster: int, marked: AbstractSet[int] | None) -> list[StoredObject]:
     """Find all object files and read their headers (OSError). Blocks.
+
+    Args:
+        marked: objects that may have been dirty; None: all. They are taken as the disk has them:
+            after a failed sync (I5) the kernel calls pages clean that it never wrote, and as long
+            as they are in memory they look like what was to be there.
 
     Of two files with one id, which a crash between making the one and removing the other
     leaves, the one with the higher version stays; the other goes to quarantine.
     """
     found: dict[int, StoredObject] = {}
     for entry in object_files(disk):
-        _read_entry(disk, cluster, entry)
+        _read_entry(disk, cluster, entry, marked is None or entry.oid in marked)
         rival = found.get(entry.oid)
         if rival is not None:
             entry, loser = sorted((entry, rival), key=_trust, reverse=True)
@@ -135,9 +141,11 @@ def _trust(entry: StoredObject) -> tuple[bool, int]:
     return entry.state != CORRUPT, entry.version
 
 
-def _read_entry(disk: Disk, cluster: int, entry: StoredObject) -> None:
+def _read_entry(disk: Disk, cluster: int, entry: StoredObject, is_marked: bool) -> None:
     fd = disk.open(entry.path)
     try:
+        if is_marked:
+            disk.drop_cache(fd)
         meta = disk.pread(fd, META_SIZE, META_OFFSET)
         header, sources, _ = decode_header(entry.oid, cluster, meta)
         entry.version, entry.lineage, entry.blocks = header.version, header.lineage, header.blocks

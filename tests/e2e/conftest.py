@@ -32,9 +32,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Put the ends of the programs' logs into the report of a failed test."""
     report = yield
     if report is not None and report.failed:
-        fixtures = getattr(item, "funcargs", {})
-        mounted = getattr(fixtures.get("powered"), "mounted", fixtures.get("mounted"))
-        cluster: LocalCluster | None = getattr(mounted, "cluster", None)
+        fixtures = getattr(item, "funcargs", {}).values()
+        mounted = (getattr(fixture, "mounted", fixture) for fixture in fixtures)
+        found = next((one for one in mounted if isinstance(one, Mounted)), None)
+        cluster: LocalCluster | None = found.cluster if found else None
         for process in cluster.processes() if cluster else ():
             report.sections.append((f"log of {process.name}", process.last_words(60)))
     return report

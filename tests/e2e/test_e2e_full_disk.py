@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.cluster import Mounted
+from e2e.cluster import Mounted, run
 from e2e.power import LosableDisk, missing
 from sheepfs_tools.local_cluster import LocalCluster
 from sheepfs_tools.processes import wait_for
@@ -21,15 +21,22 @@ SMALL = 64 << 10
 
 
 class SmallDisks:
-    """A mounted cluster; each node has a small file system of its own."""
+    """A mounted cluster; each node has a small file system of its own.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        size_mib: of each of them.
+    """
+
+    def __init__(self, directory: Path, size_mib: int) -> None:
+        self.size_mib = size_mib
         cluster = LocalCluster(directory / "data")
         cluster.directory.mkdir(parents=True)
         self.disks = {}
         for number in cluster.nodes:
             path = directory / f"disk{number}"
-            self.disks[number] = LosableDisk(directory / f"{number}.img", path, "ext4", "128M")
+            self.disks[number] = LosableDisk(
+                directory / f"{number}.img", path, "ext4", f"{size_mib}M"
+            )
             (path / "data").mkdir()
             cluster.node_directory(number).symlink_to(path / "data")
         self.mounted = Mounted(cluster, directory / "mnt")
@@ -46,10 +53,10 @@ class SmallDisks:
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Iterator[SmallDisks]:
+def small(tmp_path: Path, soak: bool) -> Iterator[SmallDisks]:
     if reason := missing("ext4"):
         pytest.skip(reason)
-    cluster = SmallDisks(tmp_path)
+    cluster = SmallDisks(tmp_path, 1024 if soak else 128)
     try:
         cluster.mounted.start()
         yield cluster
@@ -77,13 +84,14 @@ def fill(fd: int, first: int, end: int) -> int:
 def test_full_disks_stop_writers_only_and_recovery_stops_short_of_the_reserve(
     small: SmallDisks,
 ) -> None:
-    mounted, cluster = small.mounted, small.mounted.cluster
-    path = mounted.create("big", "256M")
+    mounted, cluster, size = small.mounted, small.mounted.cluster, small.size_mib
+    path = mounted.create("big", f"{2 * size}M")
     fd = os.open(path, os.O_RDWR)
     try:
         # Clients fill the disks up to the reserve: ENOSPC, and all that was flushed is there.
-        end = fill(fd, 0, 200)
-        assert 40 < end < 120, "the disks hold 128 MiB"
+        last = size * 3 // 2
+        end = fill(fd, 0, last)
+        assert size * 0.3 < end < size * 0.95, f"the disks hold {size} MiB"
         status = mounted.status()
         assert any("nearly full" in reason for reason in status["reasons"]), status["reasons"]
         for number in (0, end // 2, end - 1):
@@ -92,14 +100,14 @@ def test_full_disks_stop_writers_only_and_recovery_stops_short_of_the_reserve(
         # A discard makes room, and writers go on.
         discard(fd, 0, 16 * MIB)
         os.fsync(fd)
-        assert fill(fd, 200, 206) == 206
+        assert fill(fd, last, last + 6) == last + 6
 
         # A node comes back with a new disk on which there is no room for its share.
         cluster.nodes[3].kill()
         for file in small.disks[3].path.glob("data/*"):
             remove(file)
         ballast = small.disks[3].path / "ballast"
-        ballast.write_bytes(bytes(70 * MIB))
+        wait_for(lambda: takes(ballast, size * 55 // 100 * MIB), 20, "the old disk's room")
         cluster.start_node(3)
         wait_for(
             lambda: "the disk is full" in " ".join(mounted.status()["reasons"]), 30, "a full disk"
@@ -122,11 +130,49 @@ def test_full_disks_stop_writers_only_and_recovery_stops_short_of_the_reserve(
     assert all(cluster.nodes[number].pid is not None for number in cluster.nodes)
 
 
+def test_a_deletion_makes_room_and_nothing_that_was_flushed_is_lost(small: SmallDisks) -> None:
+    mounted, size = small.mounted, small.size_mib
+    spare = mounted.create("spare", f"{size // 8}M")
+    spare.write_bytes(bytes([7]) * (size // 8 * MIB))
+    run("sync", spare)
+    fd = os.open(mounted.create("kept", f"{size}M"), os.O_RDWR)
+    try:
+        end = fill(fd, 0, size)
+        assert end < size, "the disks are full"
+        mounted.cluster.sheepctl("vdi", "delete", "spare", "--now")
+        first, goal = end, end + size // 16
+
+        def filled() -> bool:
+            nonlocal end
+            end = fill(fd, end, goal)
+            return end == goal
+
+        wait_for(filled, 60, "room for what is written next")
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for number in range(end):
+            assert os.pread(fd, MIB, number * MIB) == block(number + 1), f"{number} of {first}"
+    finally:
+        os.close(fd)
+    mounted.assert_replicas_agree("kept")
+
+
 def discard(fd: int, offset: int, length: int) -> None:
     """Discard a range (fallocate with FALLOC_FL_PUNCH_HOLE)."""
     libc = ctypes.CDLL(None, use_errno=True)
     result = libc.fallocate(fd, 0x02 | 0x01, ctypes.c_int64(offset), ctypes.c_int64(length))
     assert result == 0, os.strerror(ctypes.get_errno())
+
+
+def takes(path: Path, size_bytes: int) -> bool:
+    """Take room on a disk; False: what was removed from it a moment ago is not free yet."""
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            return False
+    return True
 
 
 def remove(path: Path) -> None:

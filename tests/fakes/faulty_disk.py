@@ -28,6 +28,8 @@ class _File:
     size: int = 0
     durable_blocks: dict[int, bytes] = field(default_factory=dict)
     durable_size: int = 0
+    unwritten: dict[int, tuple[bytes | None, bytes | None]] = field(default_factory=dict)
+    """Block -> what memory and the platter have, where the kernel takes them for the same."""
 
 
 @dataclass(eq=False)
@@ -39,6 +41,13 @@ class _Directory:
 _Node: TypeAlias = "_File | _Directory"
 _Change: TypeAlias = tuple[_Directory, str, "_Node | None"]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _put(blocks: dict[int, bytes], number: int, block: bytes | None) -> None:
+    if block is None:
+        blocks.pop(number, None)
+    else:
+        blocks[number] = block
 
 
 def _locked(method: _Method) -> _Method:
@@ -156,7 +165,9 @@ class FaultyDisk:
         self._settle(self._file(fd))
 
     def drop_cache(self, fd: int, /) -> None:
-        """See Disk. Here reads are always of what the disk will have."""
+        """See Disk: reads are of what the disk will have, but for a failed write-back's pages."""
+        with self._lock:
+            self._forget(self._file(fd))
 
     @_locked
     def fsync_dir(self, path: str) -> None:
@@ -229,6 +240,14 @@ class FaultyDisk:
         self._pending.clear()
         self._restore(self._root, rng)
 
+    def fail_write_back(self) -> None:
+        """What was not synced is called clean and never written; memory has it until it forgets."""
+        for file in {*self._files(self._root), *self._fds.values()}:
+            for number in file.blocks.keys() | file.durable_blocks.keys():
+                cached, stored = file.blocks.get(number), file.durable_blocks.get(number)
+                if cached is not stored:
+                    file.unwritten[number] = cached, stored
+
     def lose_dirty_pages(self) -> None:
         """After a write-back error what was not synced is gone, as if it was never written."""
         for file in {*self._files(self._root), *self._fds.values()}:
@@ -274,7 +293,14 @@ class FaultyDisk:
             else:
                 self._lose(node, rng)
 
+    def _forget(self, file: _File) -> None:
+        for number, (cached, stored) in file.unwritten.items():
+            if file.blocks.get(number) is cached:
+                _put(file.blocks, number, stored)
+        file.unwritten.clear()
+
     def _lose(self, file: _File, rng: random.Random) -> None:
+        self._forget(file)
         if file.size != file.durable_size and rng.random() < 0.5:
             file.size = file.durable_size
         for number in file.blocks.keys() | file.durable_blocks.keys():
@@ -302,6 +328,9 @@ class FaultyDisk:
     def _settle(self, file: _File) -> None:
         file.durable_blocks = dict(file.blocks)
         file.durable_size = file.size
+        for number, (cached, stored) in file.unwritten.items():
+            if file.blocks.get(number) is cached:
+                _put(file.durable_blocks, number, stored)
 
     def _change(self, group: list[_Change]) -> None:
         for directory, name, node in group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -19,9 +20,10 @@ from storaged.store import dirtylog
 MIB = 1 << 20
 
 
-def tell(story: Callable[[World, Cluster], Awaitable[None]]) -> None:
-    """Run a story with three nodes and one mount."""
+def tell(story: Callable[[World, Cluster], Awaitable[None]], groups: int = 0) -> None:
+    """Run a story with three nodes and one mount, and so many groups (0: some)."""
     world = World(0, nodes=3)
+    world.pg_count = groups or world.pg_count
     world.knobs[dirtylog, "MAX_MARKS"] = 1
 
     async def main() -> None:
@@ -195,3 +197,30 @@ def test_a_mount_levels_a_vdi_whose_holder_died() -> None:
         HOST.set(world.network.host("mount"))
 
     tell(story)
+
+
+def test_a_node_whose_disk_fails_while_it_catches_up_leaves_though_no_client_asks() -> None:
+    async def story(world: World, cluster: Cluster) -> None:
+        await cluster.catalog.create("v1.raw", 16 * MIB, 3)
+        node = world.nodes[2]
+        node.kept_down += 1
+        await node.kill(power=False)
+        await change(cluster, "v1.raw", 0, b"a" * 4096)
+        node.start()
+        while not is_joining(world):
+            await trio.sleep(0.001)
+        assert node.process is not None
+        node.process.fail_next["pwrite"] = errno.EIO
+        with trio.fail_after(10):
+            await node.ended()
+        node.kept_down -= 1
+
+    # Another group that is whole would be flushed and reported, and that would end the node.
+    tell(story, groups=1)
+
+
+def is_joining(world: World) -> bool:
+    """Tell whether a node has yet to catch up with a group."""
+    found = world.map()
+    pools = found.pools.values() if found else ()
+    return any(group.joining for groups in pools for group in groups)

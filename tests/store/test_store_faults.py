@@ -18,6 +18,7 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import data_object
 from storaged.store.disk import DiskSpace
+from storaged.store.entry import SUSPECT
 from storaged.store.objects import ObjectStore
 
 A = data_object(7, 0)
@@ -207,6 +208,37 @@ def test_after_a_failed_flush_every_call_fails_for_good(
     with pytest.raises(DiskError):
         store.close()
     assert not open_store(disk).was_clean
+
+
+def test_what_a_failed_flush_left_in_memory_only_is_not_taken_for_stored(disk: FaultyDisk) -> None:
+    store = open_store(disk)
+    put(store, A, 0, b"old" * 4096, create=True)
+    put(store, B, 0, b"old" * 4096, create=True)
+    flush(store)
+    store.trim_marks()
+    version = put(store, A, 0, b"new" * 4096)
+    job = store.begin_flush(None)
+    assert job is not None
+    disk.faults["fdatasync"] = errno.EIO
+    with pytest.raises(DiskError):
+        job.run()
+    disk.fail_write_back()
+    disk.faults.clear()
+    store.close(clean=False)
+    store = open_store(disk)
+    entry = store.get(A)
+    assert entry is not None
+    assert entry.state == SUSPECT
+    assert entry.version < version
+    store.clear_suspect(A)
+    assert get(store, A, 0, 12_288) == b"old" * 4096
+    # What a sync succeeds with now is on the disk.
+    put(store, B, 0, b"new" * 4096)
+    flush(store)
+    disk.power_cut(random.Random(1))
+    store = open_store(disk)
+    store.clear_suspect(B)
+    assert get(store, B, 0, 12_288) == b"new" * 4096
 
 
 @pytest.mark.parametrize("fault", ["pwrite", "punch", "truncate", "unlink", "rename"])
