@@ -6,6 +6,7 @@ tests (tests/net/test_etcd_conformance.py).
 Always holds:
 - Watches only hint (I9): a decision is a transaction, and every hint means "list again".
 - A lease that cannot be renewed is not yet lost: only the store says that it is gone (I10).
+- A store that forgot what it had answered (restored from older data) counts as away, for good.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Store(Protocol):
     """Keys with revisions, transactions, leases and watches; all errors are SheepError.
 
     Every method but `watch` raises UnreachableError within the deadline when the store does not
-    answer.
+    answer, and `sheepfs.net.history.WentBackError`, which is one, from when it was seen to have
+    gone back to an older state; watches give the hints that come by time then.
     """
 
     async def get(self, key: str) -> KeyValue | None:
