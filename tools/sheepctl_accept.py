@@ -24,10 +24,11 @@ from storaged.store.offline import OfflineDirectory
 from storaged.store.salvage import Salvage
 
 _MEANING = """\
-It is taken for all there is. VDIs, snapshots and growth that came after it was saved are not known
-to etcd: their names are gone, and reclaim frees their space. A VDI that was written to is served
-as the nodes have it; parts of it that are new since then read as zeros. All numbers that are given
-out (ids, tokens, epochs) go on beyond those that may have been used."""
+It is taken for all there is. VDIs and snapshots that were made after it was saved have no name any
+more, and sheepctl cluster check --repair frees their space. A VDI that was there is served as the
+nodes have it; it has its former size, and a part of 2 TiB that was first written to since then
+reads as zeros. All numbers that are given out (ids, tokens, epochs) go on beyond those that may
+have been used."""
 
 
 async def metadata_accept(arguments: argparse.Namespace) -> int:

@@ -89,8 +89,9 @@ def _add_metadata(area: Area) -> None:
         "go on with an etcd that was restored from older data",
         "Daemons refuse an etcd that knows less than they have seen, and running ones change\n"
         "nothing in it. If the newer data cannot be brought back, this lets the cluster go on\n"
-        "with what etcd holds: what was made since is not known to it, and its space is freed by\n"
-        "reclaim. With data directories at hand, --data shows what that is: rescue it first.\n"
+        "with what etcd holds: what was made since has no name any more, and cluster check\n"
+        "--repair frees its space. With data directories at hand, --data shows what there is:\n"
+        "rescue it first.\n"
         "All daemons must be stopped; then start them, and start all mounts anew.",
         [
             "metadata accept --data /srv/sheep/disk1 /srv/sheep/disk2",
