@@ -33,7 +33,7 @@ COMPLAIN_S = 30.0
 
 
 class LeaseGoneError(RetryableError):
-    """A transaction wanted to put a key with a lease that has ended; nothing was changed."""
+    """A transaction needed a lease that has ended; nothing was changed."""
 
 
 class Store(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import cast
@@ -11,6 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from fakes.etcd import FakeEtcd
+from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import Keys
 from sheepfs.holding import LEASE_TTL_S, Holding
 from sheepfs.net.catalog import Catalog
@@ -81,6 +83,28 @@ async def test_an_attach_waits_while_one_lease_after_the_other_ends(
         assert KEYS.lock(vdi) not in fake_etcd.server.keys
         await held.attach(vdi)
         assert KEYS.lock(vdi) in fake_etcd.server.keys
+
+
+async def test_an_attach_whose_lease_ends_before_it_is_complete_begins_again(
+    fake_etcd: FakeEtcd, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with holding(fake_etcd, []) as held:
+        catalog = Catalog(fake_etcd, KEYS)
+        vdi = (await catalog.create("vm", 1 << 20)).id
+        # A snapshot did not come to its end: the attach has to change the record once more.
+        name, record, _ = await catalog.find(vdi)
+        following = dataclasses.replace(record, next=record.layer + 512)
+        await fake_etcd.commit(Transaction([], [Put(KEYS.vdi(name), following.encode())]))
+        first = await held.lease()
+
+        async def fence(vdi: int, token: int) -> None:
+            fake_etcd.server.revoke(first.lease)
+
+        monkeypatch.setattr(held, "_fence", fence)
+        with trio.fail_after(1):
+            attachment = await held.attach(vdi)
+        assert attachment.record.layer == following.next
+        assert fake_etcd.server.keys[KEYS.lock(vdi)].lease != first.lease
 
 
 @pytest.mark.parametrize("has_lease", [False, True])
