@@ -114,6 +114,7 @@ class Daemon:
         options = self._options
         keys = Keys(options.cluster)
         store = self._machine.etcd(options.etcd)
+        store.trust(keys.fencing)
         try:
             known = ObjectStore.cluster_of(options.data_dir, self._machine.disk)
             config = await self._config(store, keys, known)

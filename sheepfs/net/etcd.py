@@ -29,7 +29,7 @@ import trio
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError
 from sheepfs.core.kv import KeyValue, Put, Transaction
 from sheepfs.net.etcd_watch import WatchStream, reason_of
-from sheepfs.net.history import RevisionGuard, WentBackError
+from sheepfs.net.history import RevisionGuard, WentBackError, base_of
 from sheepfs.net.store import (
     COMPLAIN_S,
     Hints,
@@ -91,6 +91,8 @@ class _Member:
 
     def __init__(self, host: str, port: int, guard: RevisionGuard) -> None:
         self.name = f"{host}:{port}"
+        self.fencing = b"\0"
+        """The key that is read first over a new connection."""
         self._guard = guard
         self._host = host
         self._port = port
@@ -116,13 +118,19 @@ class _Member:
                 return self._client
             client = self._client
         try:
-            _look(client, timeout_s, self._guard)
+            self.look(client, timeout_s)
         except grpc.RpcError:
             self.forget(client)
             raise
         with self._lock:
             self._is_connected = self._client is client
         return client
+
+    def look(self, client: Any, timeout_s: float) -> None:
+        """Read the latest state. Raises grpc.RpcError, WentBackError."""
+        seen = self._guard.seen
+        reply = client.kvstub.Range(etcdrpc.RangeRequest(key=self.fencing), timeout_s)
+        self._guard.look(base_of(reply.kvs), reply.header.revision, seen)
 
     def forget(self, client: Any = None) -> None:
         """Connect afresh next time (if `client` is still in use here); its calls go on.
@@ -172,6 +180,11 @@ class Etcd:
         for member in self._members:
             member.close()
         await trio.lowlevel.checkpoint()
+
+    def trust(self, key: str) -> None:
+        """Name the record that vouches for an etcd that went back (see Store)."""
+        for member in self._members:
+            member.fencing = _key(key)
 
     async def get(self, key: str) -> KeyValue | None:
         """Read one key, linearizably (see Store)."""
@@ -251,7 +264,7 @@ class Etcd:
                 replies.cancel()
                 if reply.header.revision < seen:
                     # Of a renewal it is this member's own, which may just be behind.
-                    _look(client, timeout_s, self._guard)
+                    self._members[self._current].look(client, timeout_s)
                 return bool(reply.TTL > 0)
             raise UnreachableError("etcd ended the renewal without an answer")
 
@@ -293,8 +306,8 @@ class Etcd:
                 await trio.to_thread.run_sync(
                     stream.run, abandon_on_cancel=True, limiter=self._watches
                 )
-            except WentBackError:
-                return  # The hints that come by time go on: who acts upon one is told why.
+            except WentBackError as error:
+                stream.failure = str(error)
             finally:
                 stream.stop()
             member.forget()
@@ -329,7 +342,12 @@ class Etcd:
         limiter: trio.CapacityLimiter | None = None,
     ) -> _T:
         """Run `call(client, timeout_s)` in a thread, trying the members in turn."""
-        self._guard.check()
+        if self._guard.went_back:
+            if not self._guard.may_look():
+                self._guard.check()
+            # The first read over a new connection tells whether it is vouched for.
+            for member in self._members:
+                member.forget()
         until = time.monotonic() + self.deadline_s
         # The thread ends by itself at the deadline; this one covers the queue for a thread, and
         # leaves the thread a moment to say why.
@@ -378,13 +396,6 @@ class Etcd:
             f"etcd at {self.endpoints} does not answer ({reason}){consequence}. "
             "Check that etcd runs and that the address is right"
         )
-
-
-def _look(client: Any, timeout_s: float, guard: RevisionGuard) -> None:
-    """Read nothing at the latest state. Raises grpc.RpcError, WentBackError."""
-    seen = guard.seen
-    reply = client.kvstub.Range(etcdrpc.RangeRequest(key=b"\0"), timeout_s)
-    guard.note(reply.header.revision, seen)
 
 
 def _raise_refusal(error: grpc.RpcError) -> None:

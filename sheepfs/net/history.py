@@ -1,8 +1,8 @@
 """Noticing that the metadata store lost what it had answered before: restored from older data.
 
-Always holds: a store that went back is not used again by this process. What it gives out, ids and
-tokens and epochs, it has given out before; only an operator can say that this is to be so
-(`sheepctl metadata accept`), and whoever starts after that begins with no memory.
+Always holds: a store that went back is not used until it is vouched for. What it gives out, ids
+and tokens and epochs, it has given out before. Only an operator can see to that, with `sheepctl
+metadata import` or `accept`: both raise the base of `fencing` beyond all revisions before.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Protocol
 
-from sheepfs.core.errors import UnreachableError
+from sheepfs.core.errors import ProtocolError, UnreachableError
+from sheepfs.core.metadata import FencingRecord
 
 log = logging.getLogger(__name__)
 
+LOOK_EVERY_S = 1.0
 REMIND_S = 300.0
 """A store that went back is logged this often (I12)."""
 
 
 class WentBackError(UnreachableError):
-    """The store has forgotten changes: it counts as away, for good, until an operator acts."""
+    """The store has forgotten changes: it counts as away until an operator acts."""
 
 
 class RevisionGuard:
@@ -36,14 +41,44 @@ class RevisionGuard:
     def __init__(self, what: str) -> None:
         self._what = what
         self._seen = 0
+        self._base = 0
         self._reason = ""
         self._reminded = 0.0
+        self._looked = 0.0
         self._lock = threading.Lock()
 
     @property
     def seen(self) -> int:
         """The highest revision so far; to be read before a request is sent."""
         return self._seen
+
+    @property
+    def went_back(self) -> bool:
+        """Whether the store went back, and nobody has vouched for it since."""
+        return bool(self._reason)
+
+    def may_look(self) -> bool:
+        """Tell whether it is time to look again whether the store is vouched for."""
+        with self._lock:
+            now = time.monotonic()
+            is_due = now >= self._looked + LOOK_EVERY_S
+            if is_due:
+                self._looked = now
+        return is_due
+
+    def look(self, base: int, revision: int, seen: int) -> None:
+        """Take the base of `fencing`, and the revision at which it was read, as `note` does.
+
+        Raises:
+            WentBackError: the revision is too low, and no higher base makes up for it.
+        """
+        with self._lock:
+            if base > self._base and base + revision >= self._base + self._seen:
+                if self._reason:
+                    log.warning("%s went back and is vouched for: it is used again", self._what)
+                self._base, self._seen, self._reason = base, revision, ""
+                return
+        self.note(revision, seen)
 
     def check(self) -> None:
         """Raise WentBackError if the store went back."""
@@ -77,3 +112,20 @@ def _reason(what: str, revision: int, seen: int) -> str:
         " nothing is changed any more. Bring the newer data back, or stop all storage daemons,"
         " accept the older one with: sheepctl metadata accept, and start daemons and mounts anew"
     )
+
+
+class _HasValue(Protocol):
+    """A key as a store gave it."""
+
+    @property
+    def value(self) -> bytes:
+        """What it holds."""
+        ...
+
+
+def base_of(found: Iterable[_HasValue]) -> int:
+    """Give the base of `fencing`, of the record that was found; 0 if there is none to read."""
+    for kv in found:
+        with suppress(ProtocolError):
+            return FencingRecord.decode(kv.value).base
+    return 0

@@ -18,7 +18,7 @@ import trio
 
 from sheepfs.core.errors import UnreachableError, UsageError
 from sheepfs.core.kv import KeyValue, Put, Transaction
-from sheepfs.net.history import RevisionGuard
+from sheepfs.net.history import RevisionGuard, base_of
 from sheepfs.net.store import Hints, LeaseGoneError, hint_channel
 
 MAX_OPERATIONS = 128
@@ -143,6 +143,7 @@ class FakeEtcd:
         self.calls = 0
         """Calls made so far, for tests that count round trips."""
         self._guard = RevisionGuard("etcd (fake)")
+        self._fencing = ""
         self._is_partitioned = False
         self._is_silent = False
         self._is_watching = True
@@ -176,6 +177,9 @@ class FakeEtcd:
     def fail_next_commit(self) -> None:
         """Make the next commit raise UnreachableError and not happen."""
         self._fails_commit = True
+
+    def trust(self, key: str) -> None:
+        self._fencing = key
 
     async def get(self, key: str) -> KeyValue | None:
         await self._call()
@@ -247,11 +251,12 @@ class FakeEtcd:
     async def _call(self) -> None:
         self.calls += 1
         await trio.lowlevel.checkpoint()
-        self._guard.check()
         if self._is_partitioned:
             if self._is_silent:
                 await trio.sleep(self.deadline_s)
             raise UnreachableError("etcd (fake) does not answer (partitioned)")
         self.server.expire()
         # As the read over a new connection: nothing is changed in a server that went back.
-        self._guard.note(self.server.revision, self._guard.seen)
+        found = self.server.keys.get(self._fencing)
+        base = base_of([found] if found else [])
+        self._guard.look(base, self.server.revision, self._guard.seen)

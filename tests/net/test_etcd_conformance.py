@@ -14,6 +14,7 @@ from fakes.etcd import FakeEtcd, FakeServer, Saved
 from fakes.etcd_process import EtcdProcess
 from sheepfs.core.errors import UsageError
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
+from sheepfs.core.metadata import FencingRecord
 from sheepfs.net.etcd import Etcd, LeaseGoneError, LeaseKeeper, Store
 from sheepfs.net.history import WentBackError
 
@@ -387,6 +388,35 @@ async def test_a_keeper_renews_no_lease_in_a_store_that_went_back(
         assert not keeper.lost.is_set()
         assert not keeper.is_certain
         nursery.cancel_scope.cancel()
+    await other.aclose()
+    await store.aclose()
+
+
+async def test_a_store_that_went_back_is_used_again_once_it_is_vouched_for(
+    backup: FakeBackup | RealBackup, root: str
+) -> None:
+    store, key = backup.client(), root + "fencing"
+    store.trust(key)
+    await put(store, root + "a", b"old")
+    await backup.save()
+    for _ in range(3):
+        await put(store, root + "a", b"new")
+    async with store.watch(root, poll_s=3600) as hints:
+        await drain_for(hints, 0.3)
+        await backup.restore()
+        with pytest.raises(WentBackError):
+            await store.get(root + "a")
+        other = backup.client()
+        await put(other, key, FencingRecord(1 << 40).encode())
+        with trio.fail_after(WAIT_S):
+            while True:
+                try:
+                    assert (await found(store, root + "a")).value == b"old"
+                    break
+                except WentBackError:
+                    await trio.sleep(0.05)
+            await put(store, root + "a", b"newest")
+            await hints.receive()
     await other.aclose()
     await store.aclose()
 
