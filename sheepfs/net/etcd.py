@@ -128,9 +128,9 @@ class _Member:
 
     def look(self, client: Any, timeout_s: float) -> None:
         """Read the latest state. Raises grpc.RpcError, WentBackError."""
-        seen = self._guard.seen
+        known = self._guard.known
         reply = client.kvstub.Range(etcdrpc.RangeRequest(key=self.fencing), timeout_s)
-        self._guard.look(base_of(reply.kvs), reply.header.revision, seen)
+        self._guard.look(base_of(reply.kvs), reply.header.revision, known)
 
     def forget(self, client: Any = None) -> None:
         """Connect afresh next time (if `client` is still in use here); its calls go on.
@@ -257,12 +257,12 @@ class Etcd:
         """Renew a lease; False when it is gone for good (see Store)."""
 
         def call(client: Any, timeout_s: float) -> bool:
-            seen = self._guard.seen
+            known = self._guard.known
             requests = iter([etcdrpc.LeaseKeepAliveRequest(ID=lease)])
             replies = client.leasestub.LeaseKeepAlive(requests, timeout_s, metadata=_NEEDS_LEADER)
             for reply in replies:
                 replies.cancel()
-                if reply.header.revision < seen:
+                if reply.header.revision < known.revision:
                     # Of a renewal it is this member's own, which may just be behind.
                     self._members[self._current].look(client, timeout_s)
                 return bool(reply.TTL > 0)
@@ -325,9 +325,9 @@ class Etcd:
 
     def _linear(self, send: Callable[[Any, float], Any], request: Any, timeout_s: float) -> Any:
         """Send what etcd answers at its latest state. Raises grpc.RpcError, WentBackError."""
-        seen = self._guard.seen
+        known = self._guard.known
         reply = send(request, timeout_s)
-        self._guard.note(reply.header.revision, seen)
+        self._guard.note(reply.header.revision, known)
         return reply
 
     def _leave(self, number: int) -> None:

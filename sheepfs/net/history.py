@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sheepfs.core.errors import ProtocolError, UnreachableError
 from sheepfs.core.metadata import FencingRecord
@@ -26,6 +26,13 @@ REMIND_S = 300.0
 
 class WentBackError(UnreachableError):
     """The store has forgotten changes: it counts as away until an operator acts."""
+
+
+class Known(NamedTuple):
+    """What was known of a store when a request was sent."""
+
+    base: int
+    revision: int
 
 
 class RevisionGuard:
@@ -48,9 +55,10 @@ class RevisionGuard:
         self._lock = threading.Lock()
 
     @property
-    def seen(self) -> int:
-        """The highest revision so far; to be read before a request is sent."""
-        return self._seen
+    def known(self) -> Known:
+        """What is known so far; to be read before a request is sent."""
+        with self._lock:
+            return Known(self._base, self._seen)
 
     @property
     def went_back(self) -> bool:
@@ -66,7 +74,7 @@ class RevisionGuard:
                 self._looked = now
         return is_due
 
-    def look(self, base: int, revision: int, seen: int) -> None:
+    def look(self, base: int, revision: int, known: Known) -> None:
         """Take the base of `fencing`, and the revision at which it was read, as `note` does.
 
         Raises:
@@ -78,7 +86,7 @@ class RevisionGuard:
                     log.warning("%s went back and is vouched for: it is used again", self._what)
                 self._base, self._seen, self._reason = base, revision, ""
                 return
-        self.note(revision, seen)
+        self.note(revision, known)
 
     def check(self) -> None:
         """Raise WentBackError if the store went back."""
@@ -92,17 +100,19 @@ class RevisionGuard:
                 log.error("%s", self._reason)
             raise WentBackError(self._reason)
 
-    def note(self, revision: int, seen: int) -> None:
-        """Take the revision of a reply to a request that was sent when `seen` was the highest.
+    def note(self, revision: int, known: Known) -> None:
+        """Take the revision of a reply to a request that was sent when so much was known.
 
         Raises:
             WentBackError: it is lower.
         """
         with self._lock:
-            if revision >= seen:
+            if known.base != self._base:
+                pass  # Another request has found it vouched for meanwhile.
+            elif revision >= known.revision:
                 self._seen = max(self._seen, revision)
             elif not self._reason:
-                self._reason = _reason(self._what, revision, seen)
+                self._reason = _reason(self._what, revision, known.revision)
         self.check()
 
 

@@ -200,7 +200,7 @@ class FakeEtcd:
         if self._loses_reply:
             self._loses_reply = False
             raise UnreachableError("etcd (fake) does not answer; the change may have been made")
-        self._guard.note(self.server.revision, self._guard.seen)
+        self._guard.note(self.server.revision, self._guard.known)
         return revision
 
     async def grant(self, ttl_s: int) -> int:
@@ -259,4 +259,4 @@ class FakeEtcd:
         # As the read over a new connection: nothing is changed in a server that went back.
         found = self.server.keys.get(self._fencing)
         base = base_of([found] if found else [])
-        self._guard.look(base, self.server.revision, self._guard.seen)
+        self._guard.look(base, self.server.revision, self._guard.known)
