@@ -36,6 +36,7 @@ async def join(
 ) -> AsyncIterator[Cluster]:
     """Do as `connect`; at the end nothing is flushed or detached."""
     keys = Keys(cluster)
+    store.trust(keys.fencing)
     catalog = Catalog(store, keys)
     config = await catalog.config()
     router = Router(config.cluster, lambda: fetch_map(store, keys), network=network)

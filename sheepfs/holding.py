@@ -2,7 +2,7 @@
 
 Always holds:
 - One lease for all VDIs that a mount holds. When etcd says that it has ended, what nobody took
-  meanwhile is taken back under a new one, with the same token.
+  meanwhile is taken back under a new one, with the same token. No user of a VDI hears of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
-from sheepfs.core.errors import FencedError, HeldElsewhereError, SheepError
+from sheepfs.core.errors import FencedError, HeldElsewhereError, SheepError, UnreachableError
 from sheepfs.core.metadata import Keys, VdiRecord
 from sheepfs.holder_requests import make_way
 from sheepfs.net.attach import (
@@ -27,8 +27,9 @@ from sheepfs.net.attach import (
 )
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.fencing import fence_everywhere
+from sheepfs.net.history import WentBackError
 from sheepfs.net.router import Router
-from sheepfs.net.store import LeaseKeeper, Store
+from sheepfs.net.store import LeaseGoneError, LeaseKeeper, Store
 
 if TYPE_CHECKING:
     from sheepfs.volume import Volume
@@ -111,12 +112,16 @@ class Holding:
 
         Raises: HeldElsewhereError.
         """
-        keeper = await self.lease()
         owner = self._owner + LEVELLING if gives_way else self._owner
         give_up = trio.current_time() + PATIENCE_S
         while True:
+            await self._refuse_went_back()
+            keeper = await self.lease()
             try:
                 attachment = await attach(self._store, self._keys, vdi, owner, keeper, self._fence)
+            except LeaseGoneError:
+                # Its keeper asks only now and then. Who writes waits for the next lease.
+                keeper.lost.set()
             except HeldElsewhereError as error:
                 if gives_way or trio.current_time() > give_up:
                     raise
@@ -125,6 +130,16 @@ class Holding:
             else:
                 self._changed()
                 return attachment
+
+    async def _refuse_went_back(self) -> None:
+        """Raise WentBackError where no lease would ever come."""
+        if self._keeper is None or self._keeper.lost.is_set():
+            try:
+                await self._store.get(self._keys.config)
+            except WentBackError:
+                raise
+            except UnreachableError:
+                return  # It comes back, and the lease is waited for.
 
     async def _may_be_free(self, vdi: int, owner: str) -> bool:
         """Tell whether a VDI may be free now, of one that holds it for a moment only."""

@@ -47,6 +47,7 @@ from storaged.reclaim import Reclaimer
 from storaged.recovery import JoinedGroup, Recovery, encode_joined
 from storaged.removal import Removal
 from storaged.replica import Replica
+from storaged.restored import EpochMemory, refuse_restored
 from storaged.scrub import Scrubber
 from storaged.server import ClientConnection, Server
 from storaged.settings import Setting
@@ -114,6 +115,7 @@ class Daemon:
         options = self._options
         keys = Keys(options.cluster)
         store = self._machine.etcd(options.etcd)
+        store.trust(keys.fencing)
         try:
             known = ObjectStore.cluster_of(options.data_dir, self._machine.disk)
             config = await self._config(store, keys, known)
@@ -121,6 +123,7 @@ class Daemon:
                 options.data_dir, cluster=config.cluster, create=True, disk=self._machine.disk
             )
             try:
+                await refuse_restored(store, keys, objects)
                 node = await register(store, keys, objects.uuid, objects.node_id)
                 if objects.node_id is None:
                     objects.set_node_id(node)
@@ -172,6 +175,7 @@ class Daemon:
             )
             nursery.start_soon(parts.server.serve, listener)
             nursery.start_soon(parts.replica.run)
+            nursery.start_soon(parts.epochs.run)
             parts.replica.incarnation = await nursery.start(announcer.run)
             nursery.start_soon(parts.router.run)
             nursery.start_soon(parts.recovery.run)
@@ -242,6 +246,7 @@ class _Parts:
         self._announcer = announcer
         self.replica = Replica(objects, node, announcer.incarnation, nursery, on_disk_error)
         self.follower = MapFollower(store, keys, config.cluster, self._on_map)
+        self.epochs = EpochMemory(objects, on_disk_error)
         self.router = Router(config.cluster, self._no_map, node, network)
         self.router.on_map.append(lambda old, new: self._take(new))
         self.recovery_setting = Setting(store, keys.setting("recovery"), RecoveryRecord())
@@ -260,11 +265,18 @@ class _Parts:
             ping_run,
             self._take,
             out_after_s=lambda: self.recovery_setting.value.out_after_s,
+            served=lambda: self.replica.map.epoch,
         )
         self.removal = Removal(self.replica, nursery)
         self.leftovers = Leftovers(self.replica, self.router)
         catalog = Catalog(store, keys)
-        self.reclaimer = Reclaimer(catalog, self.replica, self.removal, self.leader, self.router)
+
+        async def check_etcd() -> None:
+            await refuse_restored(store, keys, objects, self.replica.map.epoch)
+
+        self.reclaimer = Reclaimer(
+            *(catalog, self.replica, self.removal, self.leader, self.router), check_etcd
+        )
         scrubbing = Setting(store, keys.setting("scrub"), ScrubRecord())
         self.scrubber = Scrubber(self.replica, self.router, catalog, scrubbing)
         self.control = Control(
@@ -307,6 +319,7 @@ class _Parts:
             self._on_removal()
         self._note_hold(cluster_map.nodes.get(node))
         self.replica.set_map(cluster_map)
+        self.epochs.note(cluster_map.epoch)
         self.router.take_map(cluster_map)
         self.recovery.map_changed()
         self.server.publish(cluster_map)

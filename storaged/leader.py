@@ -8,6 +8,7 @@ Always holds:
   silent, when its lease ends.
 - After etcd was away for so long that leases may have ended, missing ones prove nothing until each
   daemon had the time to come back with a new one.
+- An etcd whose map is older than the one that this daemon serves by is given no other.
 - No decision is taken here: `storaged.logic.leader` decides, this is its eyes and hands.
 """
 
@@ -29,7 +30,7 @@ from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, Store
 from storaged.epochlog import log_changes, log_losses
 from storaged.logic.leader import OUT_AFTER_S, Joined, as_in_map, decide
 from storaged.logic.reachability import Outcome, Reachability, Run
-from storaged.membership import ALIVE_TTL_S, Announcer
+from storaged.membership import ALIVE_TTL_S, Announcer, refuse_older_map
 from storaged.recovery import JoinedGroup
 from storaged.seen import Seen, look
 
@@ -62,6 +63,7 @@ class Leader:
         ping: asks an address for a run (storaged.ping).
         on_map: called with each map that this leader committed or found.
         out_after_s: how long a node may be down before it is given up; asked at each decision.
+        served: the epoch that this daemon serves by; an etcd whose map is older went back.
         wall: seconds since 1970, read once; stamps `down_since`.
     """
 
@@ -75,6 +77,7 @@ class Leader:
         on_map: Callable[[ClusterMap], None],
         *,
         out_after_s: Callable[[], float] = lambda: OUT_AFTER_S,
+        served: Callable[[], int] = lambda: 0,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.is_leader = False
@@ -88,6 +91,7 @@ class Leader:
         self._ping = ping
         self._on_map = on_map
         self._out_after_s = out_after_s
+        self._served = served
         self._wall = wall
         self._revision = 0
         self._nodes = 0
@@ -243,11 +247,13 @@ class Leader:
     async def _look_and_decide(self) -> bool:
         """Do one round; tells whether this daemon still leads."""
         self._wake = trio.Event()
+        served = self._served()
         try:
             seen = await look(self._store, self._keys, self._seen, self._revision, self._complain)
             self._note_answer()
             if seen is None:
                 return False
+            refuse_older_map(seen.map.epoch, served)
             self._seen = seen
             await self._decide(seen)
         except UnreachableError as error:

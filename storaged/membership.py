@@ -24,6 +24,7 @@ from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import ProtocolError, UnreachableError, UsageError, WrongClusterError
 from sheepfs.core.kv import Put, Transaction, Unchanged
 from sheepfs.core.metadata import AliveRecord, ClusterConfig, Keys, NodeRecord, NodeWish
+from sheepfs.net.history import WentBackError
 from sheepfs.net.metadata_transfer import refuse_half_done
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, LeaseKeeper, Store
 
@@ -221,6 +222,19 @@ class Announcer:
                 await keeper.revoke()
 
 
+def refuse_older_map(found: int, known: int) -> None:
+    """Raise WentBackError if the map in etcd is older than one that was known before it was read.
+
+    A map is in etcd before anybody serves by it.
+    """
+    if found < known:
+        raise WentBackError(
+            f"the cluster map in etcd has epoch {found}, this daemon serves by {known}: etcd was"
+            " restored from older data. Bring newer data back, or stop all storage daemons, accept"
+            " what there is with: sheepctl metadata accept, and start daemons and mounts anew"
+        )
+
+
 class MapFollower:
     """Follows the cluster map: each epoch is published once, older ones never.
 
@@ -264,9 +278,12 @@ class MapFollower:
         """Read the map now.
 
         Raises:
-            UnreachableError: etcd does not answer.
+            UnreachableError: etcd does not answer, or went back to an older map.
             ProtocolError: the map is of a format that this version does not know.
         """
+        epoch = self.map.epoch
         found = await self._store.get(self._key)
         if found is not None:
-            self.take(ClusterMap.decode(found.value))
+            cluster_map = ClusterMap.decode(found.value)
+            refuse_older_map(cluster_map.epoch, epoch)
+            self.take(cluster_map)

@@ -5,6 +5,7 @@ Always holds:
   at one revision of etcd (docs/snapshots.md says why that needs no lock).
 - Of a map that may be changing, or whose replicas may differ, what any of them names counts.
 - A map that cannot be read stops the family's reclaim: what it names is not known.
+- Nothing is freed by an etcd that was restored from older data: it names too little.
 - `reclaim/<family>` stays until every node that the map knows has done its part: one that is down
   cannot bring deleted objects back.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -22,6 +24,7 @@ from sheepfs.core.wire import FLAG_KEEP_MAPS, RANGE, Op
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.link import Link
 from sheepfs.net.router import Router
+from sheepfs.net.store import COMPLAIN_S
 from storaged.control import Leading
 from storaged.logic.reclaim import Family, Live, Order, is_forgettable, orders
 from storaged.mapreading import MapReading
@@ -37,7 +40,11 @@ CALL_TIMEOUT_S = 60.0
 
 
 class Reclaimer:
-    """Purges the trash when it is due, and has every node remove what is dead."""
+    """Purges the trash when it is due, and has every node remove what is dead.
+
+    Args:
+        check_etcd: raises SheepError if etcd knows less than this node (storaged.restored).
+    """
 
     def __init__(
         self,
@@ -46,7 +53,9 @@ class Reclaimer:
         removal: Removal,
         leader: Leading,
         router: Router,
+        check_etcd: Callable[[], Awaitable[None]],
     ) -> None:
+        self._check_etcd = check_etcd
         self._catalog = catalog
         self._replica = replica
         self._removal = removal
@@ -59,6 +68,7 @@ class Reclaimer:
 
     async def run(self) -> None:
         """While leading, look for what is to be done."""
+        complained = -COMPLAIN_S
         async with self._catalog.watch_reclaim(LOOK_EVERY_S) as hints:
             async for _ in hints:
                 if self._leader.is_leader:
@@ -67,7 +77,9 @@ class Reclaimer:
                     except UnreachableError as error:
                         log.debug("reclaim waits: %s", error)
                     except SheepError as error:
-                        log.warning("reclaim waits: %s", error)
+                        if trio.current_time() >= complained + COMPLAIN_S:
+                            complained = trio.current_time()
+                            log.warning("reclaim waits: %s", error)
 
     async def _look(self) -> None:
         await self._catalog.purge(expired_only=True)
@@ -76,7 +88,10 @@ class Reclaimer:
             self._all_at = trio.current_time() + ALL_EVERY_S
             for family in await self._catalog.all_roots():
                 await self._catalog.want_reclaim(family)
-        for family, revision in await self._catalog.reclaim_wanted():
+        wanted = await self._catalog.reclaim_wanted()
+        if wanted:
+            await self._check_etcd()
+        for family, revision in wanted:
             if not self._leader.is_leader:
                 return
             try:

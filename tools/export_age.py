@@ -16,18 +16,26 @@ def refuse_older(export: Export, salvage: Salvage) -> None:
 
     That they do not proves nothing: a node that was voted out since, for example, leaves no trace.
     """
-    for directory in salvage.directories:
-        if directory.superblock.cluster != export.cluster:
-            raise UsageError(
-                f"{directory.path} is of cluster {directory.superblock.cluster}, the export of"
-                f" {export.cluster}"
-            )
-    reasons = list(_newer(export, salvage))
-    if reasons:
+    if reasons := reasons_for_older(export, salvage):
         raise UsageError(
             "the export is older than the data: " + "; ".join(reasons) + ". Rescue what came"
             " later (sheepctl rescue --list --metadata); then import without --data"
         )
+
+
+def reasons_for_older(export: Export, salvage: Salvage) -> list[str]:
+    """Give what the directories know of and the export does not, in words.
+
+    Raises:
+        UsageError: they are of another cluster.
+    """
+    for directory in salvage.directories:
+        if directory.superblock.cluster != export.cluster:
+            raise UsageError(
+                f"{directory.path} is of cluster {directory.superblock.cluster}, not"
+                f" {export.cluster}"
+            )
+    return list(_newer(export, salvage))
 
 
 def _newer(export: Export, salvage: Salvage) -> Iterator[str]:

@@ -84,3 +84,21 @@ def _add_metadata(area: Area) -> None:
     )
     incoming.word("file", "an export; - is standard input", metavar="FILE")
     incoming.several("--data", "DIR", "refuse an export that knows less than these directories")
+    accepted = area.verb(
+        "accept",
+        "go on with an etcd that was restored from older data",
+        "Daemons refuse an etcd that knows less than they have seen, and running ones change\n"
+        "nothing in it. If the newer data cannot be brought back, this lets the cluster go on\n"
+        "with what etcd holds: what was made since has no name any more, and cluster check\n"
+        "--repair frees its space. With data directories at hand, --data shows what there is:\n"
+        "rescue it first.\n"
+        "All daemons must be stopped; then start them, and start all mounts anew.",
+        [
+            "metadata accept --data /srv/sheep/disk1 /srv/sheep/disk2",
+            "metadata accept              shows what it means, and asks",
+            "metadata accept --yes --json",
+        ],
+        "sheepctl_accept",
+    )
+    accepted.several("--data", "DIR", "show what these directories know of and etcd does not")
+    accepted.flag("--yes", "do not ask")

@@ -160,6 +160,10 @@ class Export:
             raise ProtocolError(f"the export has {value!r} as counter {what!r}")
         return int(value)
 
+    def epoch(self) -> int:
+        """Give the epoch of the cluster map; 0 if there is none (ProtocolError)."""
+        return ClusterMap.decode(self.keys[_MAP]).epoch if _MAP in self.keys else 0
+
     def fencing(self) -> FencingRecord:
         """Give what tokens and generations began at (ProtocolError)."""
         value = self.keys.get(_FENCING)

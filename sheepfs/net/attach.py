@@ -309,7 +309,7 @@ async def _change(
                 raise FencedError(f"VDI {attachment.vdi} was taken over by another holder")
             name, record, revision, lock = ours
             if lock is None and not release:
-                raise RetryableError(f"the lock on VDI {name!r} ended with its lease")
+                raise LeaseGoneError(f"the lock on VDI {name!r} ended with its lease")
             changed = change(record)
             more_conditions, more_changes = await extra()
             # Who attaches or unlocks by force changes the record, so its revision guards the

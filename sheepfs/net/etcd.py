@@ -4,6 +4,9 @@ Always holds:
 - Every call ends within the deadline, also when etcd is missing or silent.
 - A transaction is sent once: after it left, a failure means "outcome unknown", never a retry.
 - Nothing is connected, and no thread runs, before the first call: the process may fork until then.
+- An etcd that went back (`sheepfs.net.history`) is noticed before anything is changed in it: it
+  was restarted, so that a watch broke, and the first request over a new connection is a read.
+  Where no watch runs, the first reply of any kind tells.
 Concurrency: calls run in trio's worker threads (which never keep the process alive); a cancelled
 call is abandoned and ends by its deadline; a cancelled `commit` may still happen.
 Source: etcd v3 API, rpc.proto (https://etcd.io/docs/v3.4/learning/api/).
@@ -26,6 +29,7 @@ import trio
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError
 from sheepfs.core.kv import KeyValue, Put, Transaction
 from sheepfs.net.etcd_watch import WatchStream, reason_of
+from sheepfs.net.history import RevisionGuard, WentBackError, base_of
 from sheepfs.net.store import (
     COMPLAIN_S,
     Hints,
@@ -85,8 +89,11 @@ _T = TypeVar("_T")
 class _Member:
     """One etcd member; its channel is made at the first use. Used from worker threads."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, guard: RevisionGuard) -> None:
         self.name = f"{host}:{port}"
+        self.fencing = b"\0"
+        """The key that is read first over a new connection."""
+        self._guard = guard
         self._host = host
         self._port = port
         self._client: Any = None
@@ -94,7 +101,9 @@ class _Member:
         self._lock = threading.Lock()
 
     def connect(self, timeout_s: float) -> Any:
-        """Give an etcd3 client whose member answered a read. Raises grpc.RpcError, ValueError.
+        """Give an etcd3 client whose member answered a read.
+
+        Raises grpc.RpcError, ValueError, and WentBackError if etcd forgot what it had answered.
 
         The read shows that the member is there and has a quorum before a transaction, which is
         sent only once, goes to it.
@@ -109,13 +118,19 @@ class _Member:
                 return self._client
             client = self._client
         try:
-            client.kvstub.Range(etcdrpc.RangeRequest(key=b"\0"), timeout_s)
+            self.look(client, timeout_s)
         except grpc.RpcError:
             self.forget(client)
             raise
         with self._lock:
             self._is_connected = self._client is client
         return client
+
+    def look(self, client: Any, timeout_s: float) -> None:
+        """Read the latest state. Raises grpc.RpcError, WentBackError."""
+        known = self._guard.known
+        reply = client.kvstub.Range(etcdrpc.RangeRequest(key=self.fencing), timeout_s)
+        self._guard.look(base_of(reply.kvs), reply.header.revision, known)
 
     def forget(self, client: Any = None) -> None:
         """Connect afresh next time (if `client` is still in use here); its calls go on.
@@ -144,7 +159,8 @@ class Etcd:
     def __init__(self, endpoints: str, deadline_s: float = DEADLINE_S) -> None:
         self.endpoints = endpoints
         self.deadline_s = deadline_s
-        self._members = [_Member(host, port) for host, port in parse_endpoints(endpoints)]
+        self._guard = guard = RevisionGuard(f"etcd at {endpoints}")
+        self._members = [_Member(host, port, guard) for host, port in parse_endpoints(endpoints)]
         self._current = 0
         self._is_closed = False
         # Renewing a lease never queues behind calls that wait for their deadline.
@@ -165,11 +181,18 @@ class Etcd:
             member.close()
         await trio.lowlevel.checkpoint()
 
+    def trust(self, key: str) -> None:
+        """Name the record that vouches for an etcd that went back (see Store)."""
+        for member in self._members:
+            member.fencing = _key(key)
+
     async def get(self, key: str) -> KeyValue | None:
         """Read one key, linearizably (see Store)."""
 
         def call(client: Any, timeout_s: float) -> KeyValue | None:
-            reply = client.kvstub.Range(etcdrpc.RangeRequest(key=_key(key)), timeout_s)
+            reply = self._linear(
+                client.kvstub.Range, etcdrpc.RangeRequest(key=_key(key)), timeout_s
+            )
             return _key_value(reply.kvs[0]) if reply.kvs else None
 
         return await self._run(call)
@@ -186,7 +209,8 @@ class Etcd:
                 request = etcdrpc.RangeRequest(
                     key=start, range_end=end, limit=PAGE_KEYS, revision=revision
                 )
-                reply = client.kvstub.Range(request, max(until - time.monotonic(), 0))
+                left_s = max(until - time.monotonic(), 0)
+                reply = self._linear(client.kvstub.Range, request, left_s)
                 revision = revision or reply.header.revision
                 found += map(_key_value, reply.kvs)
                 if not reply.more:
@@ -215,7 +239,7 @@ class Etcd:
                 operation.request_delete_range.key = _key(change.key)
 
         def call(client: Any, timeout_s: float) -> int | None:
-            reply = client.kvstub.Txn(request, timeout_s)
+            reply = self._linear(client.kvstub.Txn, request, timeout_s)
             return int(reply.header.revision) if reply.succeeded else None
 
         return await self._run(call, send_once=True)
@@ -224,8 +248,8 @@ class Etcd:
         """Make a lease; etcd may lengthen a very short one (see Store)."""
 
         def call(client: Any, timeout_s: float) -> int:
-            reply = client.leasestub.LeaseGrant(etcdrpc.LeaseGrantRequest(TTL=ttl_s), timeout_s)
-            return int(reply.ID)
+            request = etcdrpc.LeaseGrantRequest(TTL=ttl_s)
+            return int(self._linear(client.leasestub.LeaseGrant, request, timeout_s).ID)
 
         return await self._run(call, limiter=self._leases)
 
@@ -233,10 +257,14 @@ class Etcd:
         """Renew a lease; False when it is gone for good (see Store)."""
 
         def call(client: Any, timeout_s: float) -> bool:
+            known = self._guard.known
             requests = iter([etcdrpc.LeaseKeepAliveRequest(ID=lease)])
             replies = client.leasestub.LeaseKeepAlive(requests, timeout_s, metadata=_NEEDS_LEADER)
             for reply in replies:
                 replies.cancel()
+                if reply.header.revision < known.revision:
+                    # Of a renewal it is this member's own, which may just be behind.
+                    self._members[self._current].look(client, timeout_s)
                 return bool(reply.TTL > 0)
             raise UnreachableError("etcd ended the renewal without an answer")
 
@@ -278,6 +306,8 @@ class Etcd:
                 await trio.to_thread.run_sync(
                     stream.run, abandon_on_cancel=True, limiter=self._watches
                 )
+            except WentBackError as error:
+                stream.failure = str(error)
             finally:
                 stream.stop()
             member.forget()
@@ -293,6 +323,13 @@ class Etcd:
             await trio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
+    def _linear(self, send: Callable[[Any, float], Any], request: Any, timeout_s: float) -> Any:
+        """Send what etcd answers at its latest state. Raises grpc.RpcError, WentBackError."""
+        known = self._guard.known
+        reply = send(request, timeout_s)
+        self._guard.note(reply.header.revision, known)
+        return reply
+
     def _leave(self, number: int) -> None:
         """Let the next call go to the next member, unless another call moved on already."""
         if self._current == number:
@@ -305,6 +342,12 @@ class Etcd:
         limiter: trio.CapacityLimiter | None = None,
     ) -> _T:
         """Run `call(client, timeout_s)` in a thread, trying the members in turn."""
+        if self._guard.went_back:
+            if not self._guard.may_look():
+                self._guard.check()
+            # The first read over a new connection tells whether it is vouched for.
+            for member in self._members:
+                member.forget()
         until = time.monotonic() + self.deadline_s
         # The thread ends by itself at the deadline; this one covers the queue for a thread, and
         # leaves the thread a moment to say why.

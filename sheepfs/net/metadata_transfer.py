@@ -1,8 +1,9 @@
-"""Reading the etcd part of a cluster whole, and putting it into an etcd that has none.
+"""Reading the etcd part of a cluster whole, putting it into an etcd that has none, accepting it.
 
 Always holds:
 - A cluster is there when its `config` is: that comes last, with the end of `importing`. Until then
   no daemon makes a cluster of that name, and none serves.
+- Accepting what an etcd holds is one transaction: all numbers go on as after an import, or none.
 - An import that ended half-way goes on only with the same file, and only on what it put itself.
 """
 
@@ -47,6 +48,11 @@ async def export_metadata(store: Store, keys: Keys, created: float) -> Export:
         ProtocolError: what all depends on cannot be read.
         UnreachableError: etcd does not answer.
     """
+    return (await _read(store, keys, created))[0]
+
+
+async def _read(store: Store, keys: Keys, created: float) -> tuple[Export, dict[str, KeyValue]]:
+    """Give the export, and all keys as they are."""
     found, revision = await store.list(keys.root)
     name = keys.root.split("/")[2]
     values = {kv.key: kv.value for kv in found if not kv.lease}
@@ -58,7 +64,7 @@ async def export_metadata(store: Store, keys: Keys, created: float) -> Export:
     plain = {key.removeprefix(keys.root): value for key, value in values.items()}
     export = Export(cluster, name, created, revision, plain)
     export.check()
-    return export
+    return export, {kv.key: kv for kv in found}
 
 
 async def import_metadata(
@@ -150,18 +156,22 @@ def _refuse_twin(found: list[KeyValue], keys: Keys, cluster: str) -> None:
 
 def _occupied(there: Mapping[str, KeyValue], keys: Keys) -> str:
     name = keys.root.split("/")[2]
-    running = sorted(key.removeprefix(keys.alive) for key in there if key.startswith(keys.alive))
-    if running:
-        return (
-            f"storage daemons of cluster {name!r} run (node {', '.join(running)}): stop all of"
-            " them, then import, then start them"
-        )
+    if running := _running(there, keys):
+        return f"{running}: stop all of them, then import, then start them"
     vdis = sum(key.startswith(keys.vdis) for key in there)
     return (
         f"cluster {name!r} is not empty in this etcd: {len(there)} keys, {vdis} VDIs. Import under"
         " another name (--cluster NAME); or, if none of it is needed any more, stop its daemons"
         f" and mounts and remove it: etcdctl del --prefix {keys.root}"
     )
+
+
+def _running(there: Mapping[str, KeyValue], keys: Keys) -> str:
+    """Say which daemons run; empty if none does."""
+    running = sorted(key.removeprefix(keys.alive) for key in there if key.startswith(keys.alive))
+    name = keys.root.split("/")[2]
+    nodes = ", ".join(running)
+    return f"storage daemons of cluster {name!r} run (node {nodes})" if running else ""
 
 
 def _half_done(name: str) -> str:
@@ -176,6 +186,60 @@ def _meddled(keys: Keys) -> str:
         f"somebody else changes keys below {keys.root}: stop all daemons and mounts of that"
         " cluster, then try again with the same file"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What an operator is asked to accept.
+
+    Attributes:
+        export: what etcd holds.
+        change: lets all numbers go on beyond it, if it is as it was read and nobody leads.
+    """
+
+    export: Export
+    change: Transaction
+
+
+async def propose_acceptance(store: Store, keys: Keys, created: float) -> Acceptance:
+    """Read what etcd holds of a cluster that does not run; nothing is changed.
+
+    Args:
+        created: seconds since 1970, for people.
+
+    Raises:
+        UsageError: there is no such cluster, it is still served, or numbers would run out.
+        ProtocolError: what all depends on cannot be read.
+        UnreachableError: etcd does not answer.
+    """
+    export, there = await _read(store, keys, created)
+    if running := _running(there, keys):
+        raise UsageError(
+            f"{running}: stop all of them, then accept, then start them. One that was killed, or"
+            " ran when etcd's data were saved, is gone from etcd after a few seconds"
+        )
+    wanted = {keys.root + key: value for key, value in imported(export).items()}
+    changed = {
+        key: value for key, value in wanted.items() if key not in there or there[key].value != value
+    }
+    # Who makes ids changes a counter; daemons that run soon have a leader.
+    conditions = [
+        Unchanged(key, there[key].mod_revision if key in there else 0)
+        for key in (*changed, keys.config)
+    ]
+    conditions += [Unchanged(keys.importing, 0), Unchanged(keys.leader, 0)]
+    return Acceptance(export, Transaction(conditions, [Put(*item) for item in changed.items()]))
+
+
+async def accept(store: Store, acceptance: Acceptance) -> None:
+    """Let the cluster go on with what etcd holds.
+
+    Raises:
+        SheepError: it was changed since it was read; nothing was done.
+        UnreachableError: etcd does not answer: it may have happened. Again does no harm.
+    """
+    if await store.commit(acceptance.change) is None:
+        raise SheepError("etcd was changed meanwhile, and nothing was accepted: look again")
 
 
 async def refuse_half_done(store: Store, keys: Keys) -> None:

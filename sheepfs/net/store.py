@@ -6,6 +6,7 @@ tests (tests/net/test_etcd_conformance.py).
 Always holds:
 - Watches only hint (I9): a decision is a transaction, and every hint means "list again".
 - A lease that cannot be renewed is not yet lost: only the store says that it is gone (I10).
+- A store that forgot what it had answered (restored from older data) counts as away.
 """
 
 from __future__ import annotations
@@ -32,15 +33,23 @@ COMPLAIN_S = 30.0
 
 
 class LeaseGoneError(RetryableError):
-    """A transaction wanted to put a key with a lease that has ended; nothing was changed."""
+    """A transaction needed a lease that has ended; nothing was changed."""
 
 
 class Store(Protocol):
     """Keys with revisions, transactions, leases and watches; all errors are SheepError.
 
     Every method but `watch` raises UnreachableError within the deadline when the store does not
-    answer.
+    answer, and `sheepfs.net.history.WentBackError`, which is one, from when it was seen to have
+    gone back to an older state until it is vouched for; watches give hints by time then.
     """
+
+    def trust(self, key: str) -> None:
+        """Name the record of `fencing` that vouches for a store that went back.
+
+        To be called before anything else. Without it such a store is never used again.
+        """
+        ...
 
     async def get(self, key: str) -> KeyValue | None:
         """Read one key, linearizably; None when it is not there."""

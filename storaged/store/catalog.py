@@ -12,7 +12,7 @@ from sheepfs.core.errors import (
     RetryableError,
     SheepError,
 )
-from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid
+from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid, layer_of
 from storaged.store.disk import Health
 from storaged.store.entry import CORRUPT, SUSPECT, StoredObject
 
@@ -22,6 +22,8 @@ class Catalog:
 
     def __init__(self, health: Health) -> None:
         self.objects: dict[int, StoredObject] = {}
+        self.last_layer = 0
+        """The highest layer of any object that was added."""
         self._health = health
         self._groups: dict[tuple[int, int], dict[int, StoredObject]] = {}
         self._dependents: dict[int, set[int]] = {}
@@ -37,6 +39,7 @@ class Catalog:
             if old is not None:
                 self._remove(old)
             self.objects[entry.oid] = entry
+            self.last_layer = max(self.last_layer, layer_of(entry.oid))
             self._groups.setdefault((entry.pool, entry.pg), {})[entry.oid] = entry
             self._growth.append(entry.blocks)
             bases, entry.bases = entry.bases, ()

@@ -8,11 +8,13 @@ Always holds:
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Self
 
 from sheepfs.core.errors import NoSpaceError, UsageError, WrongClusterError
+from sheepfs.core.geometry import serial_of
 from storaged.store import startup, superblock
 from storaged.store.catalog import Catalog
 from storaged.store.checker import Checker
@@ -188,16 +190,46 @@ class DataDirectory:
         """Id of the cluster the directory belongs to."""
         return self._superblock.cluster
 
+    @property
+    def epoch(self) -> int:
+        """The highest epoch that the directory was served in, as it was written down."""
+        return self._superblock.epoch
+
+    @property
+    def last_layer(self) -> int:
+        """The highest serial of a layer that there was an object of since the start; 0: none."""
+        return serial_of(self._catalog.last_layer)
+
     def set_node_id(self, node_id: int) -> None:
         """Keep the node's id durably. Blocks. Raises UsageError (it has another), DiskError."""
         self._health.check()
         if self.node_id not in (None, node_id):
             raise UsageError(f"the data directory is node {self.node_id}, not {node_id}")
-        block = Superblock(self.cluster, self.uuid, node_id)
+        block = dataclasses.replace(self._superblock, node=node_id)
         try:
             superblock.write(self._disk, block)
         except OSError as error:
             raise disk_error(error, superblock.NAME) from error
+        self._superblock = block
+
+    def set_epoch(self, epoch: int) -> None:
+        """Raise the epoch that is written down, durably; a lower one changes nothing. Blocks.
+
+        Raises:
+            NoSpaceError: nothing changed.
+            DiskError: the disk failed; the store is out of use.
+        """
+        self._health.check()
+        if epoch <= self.epoch:
+            return
+        block = dataclasses.replace(self._superblock, epoch=epoch)
+        try:
+            superblock.write(self._disk, block)
+        except OSError as error:
+            refused = disk_error(error, superblock.NAME)
+            if isinstance(refused, NoSpaceError):
+                raise refused from error
+            raise self._health.fail(error, superblock.NAME) from error
         self._superblock = block
 
     def tokens(self) -> dict[int, int]:

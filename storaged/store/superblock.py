@@ -26,11 +26,18 @@ _SKELETON = {*_DIRECTORIES, LOCK, "dirty.log", "tokens.log", "lost+found"}
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """What a data directory knows of itself. `node` is None until the cluster gave an id."""
+    """What a data directory knows of itself.
+
+    Attributes:
+        node: None until the cluster gave an id.
+        epoch: the highest of the cluster maps that it was served by, written a little later; 0:
+            none yet, or written by a version that did not keep it.
+    """
 
     cluster: str
     uuid: str
     node: int | None = None
+    epoch: int = 0
 
 
 def _checksum(fields: dict[str, object]) -> str:
@@ -73,7 +80,10 @@ def read(disk: Disk) -> Superblock | None:
             raise CorruptError(f"{NAME}: the checksum does not match")
         node = fields["node"]
         return Superblock(
-            str(fields["cluster"]), str(fields["uuid"]), None if node is None else int(node)
+            str(fields["cluster"]),
+            str(fields["uuid"]),
+            None if node is None else int(node),
+            int(fields.get("epoch", 0)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{NAME} is damaged: {error!r}") from error

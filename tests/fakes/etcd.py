@@ -4,6 +4,7 @@ server = FakeServer()
 one, other = server.client(), server.client()     # each a sheepfs.net.store.Store
 one.partition()                                   # its calls raise UnreachableError
 one.lose_next_reply()                             # its next commit happens, yet seems lost
+older = server.save(); ...; server.restore(older) # as from a snapshot
 """
 
 from __future__ import annotations
@@ -11,15 +12,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from itertools import count
+from typing import NamedTuple
 
 import trio
 
 from sheepfs.core.errors import UnreachableError, UsageError
 from sheepfs.core.kv import KeyValue, Put, Transaction
+from sheepfs.net.history import RevisionGuard, base_of
 from sheepfs.net.store import Hints, LeaseGoneError, hint_channel
 
 MAX_OPERATIONS = 128
 FIRST_LEASE = 0x7000
+
+
+class Saved(NamedTuple):
+    """What a snapshot has: the leases, too, which begin anew when it is restored."""
+
+    revision: int
+    keys: dict[str, KeyValue]
+    leases: dict[int, int]
 
 
 class FakeServer:
@@ -99,6 +110,20 @@ class FakeServer:
         """When the next lease ends, by trio's clock."""
         return min((end for _, end in self._leases.values()), default=float("inf"))
 
+    def save(self) -> Saved:
+        """Take a snapshot."""
+        self.expire()
+        leases = {lease: ttl_s for lease, (ttl_s, _) in self._leases.items()}
+        return Saved(self.revision, dict(self.keys), leases)
+
+    def restore(self, saved: Saved, bump: int = 0) -> None:
+        """Go back to a snapshot, `bump` revisions later than it (`--bump-revision`)."""
+        now = trio.current_time()
+        self.revision = saved.revision + bump
+        self.keys = dict(saved.keys)
+        self._leases = {lease: (ttl_s, now + ttl_s) for lease, ttl_s in saved.leases.items()}
+        self._notify()
+
     def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
         """Call `listener` at each change; returns what ends that."""
         self._listeners.append(listener)
@@ -117,6 +142,8 @@ class FakeEtcd:
         self.deadline_s = deadline_s
         self.calls = 0
         """Calls made so far, for tests that count round trips."""
+        self._guard = RevisionGuard("etcd (fake)")
+        self._fencing = ""
         self._is_partitioned = False
         self._is_silent = False
         self._is_watching = True
@@ -151,6 +178,9 @@ class FakeEtcd:
         """Make the next commit raise UnreachableError and not happen."""
         self._fails_commit = True
 
+    def trust(self, key: str) -> None:
+        self._fencing = key
+
     async def get(self, key: str) -> KeyValue | None:
         await self._call()
         return self.server.keys.get(key)
@@ -170,6 +200,7 @@ class FakeEtcd:
         if self._loses_reply:
             self._loses_reply = False
             raise UnreachableError("etcd (fake) does not answer; the change may have been made")
+        self._guard.note(self.server.revision, self._guard.known)
         return revision
 
     async def grant(self, ttl_s: int) -> int:
@@ -225,3 +256,7 @@ class FakeEtcd:
                 await trio.sleep(self.deadline_s)
             raise UnreachableError("etcd (fake) does not answer (partitioned)")
         self.server.expire()
+        # As the read over a new connection: nothing is changed in a server that went back.
+        found = self.server.keys.get(self._fencing)
+        base = base_of([found] if found else [])
+        self._guard.look(base, self.server.revision, self._guard.known)

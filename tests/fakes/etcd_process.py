@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,10 @@ def free_ports(count: int) -> list[int]:
 
 
 class EtcdProcess:
-    """One etcd; `stop` and `start` again keep address and data, `pause` makes it silent."""
+    """One etcd; `stop` and `start` again keep address and data, `pause` makes it silent.
+
+    `save` keeps its data, `restore` brings them back, as from a copy of the disk.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -66,6 +70,20 @@ class EtcdProcess:
                 log = (self._directory / "log").read_text(errors="replace")
                 raise RuntimeError(f"etcd did not start:\n{log[-2000:]}")
             time.sleep(0.02)
+
+    def save(self) -> None:
+        """Keep a copy of the data as they are now; it is restarted for it."""
+        self.stop()
+        shutil.rmtree(self._directory / "saved", ignore_errors=True)
+        shutil.copytree(self._directory / "data", self._directory / "saved")
+        self.start()
+
+    def restore(self) -> None:
+        """Go back to what `save` kept."""
+        self.stop()
+        shutil.rmtree(self._directory / "data")
+        shutil.copytree(self._directory / "saved", self._directory / "data")
+        self.start()
 
     def pause(self) -> None:
         """Make it silent: connections stay, nothing answers."""

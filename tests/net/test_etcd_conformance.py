@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 import trio
 
-from fakes.etcd import FakeEtcd
+from fakes.etcd import FakeEtcd, FakeServer, Saved
 from fakes.etcd_process import EtcdProcess
 from sheepfs.core.errors import UsageError
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
+from sheepfs.core.metadata import FencingRecord
 from sheepfs.net.etcd import Etcd, LeaseGoneError, LeaseKeeper, Store
+from sheepfs.net.history import WentBackError
 
 WAIT_S = 10.0
 _runs = itertools.count()
@@ -244,6 +248,183 @@ async def test_keeper_says_when_its_lease_is_gone(store: Store) -> None:
             await store.revoke(keeper.lease)
             await keeper.lost.wait()
     assert not keeper.is_certain
+
+
+class FakeBackup:
+    """`save` and `restore` of a fake server."""
+
+    def __init__(self) -> None:
+        self._server = FakeServer()
+        self._saved: Saved | None = None
+
+    def client(self) -> Store:
+        return self._server.client()
+
+    async def save(self) -> None:
+        self._saved = self._server.save()
+
+    async def restore(self) -> None:
+        assert self._saved is not None
+        self._server.restore(self._saved)
+
+
+class RealBackup:
+    """`save` and `restore` of a real etcd."""
+
+    def __init__(self, process: EtcdProcess) -> None:
+        self._process = process
+
+    def client(self) -> Store:
+        return Etcd(self._process.endpoint)
+
+    async def save(self) -> None:
+        await trio.to_thread.run_sync(self._process.save)
+
+    async def restore(self) -> None:
+        await trio.to_thread.run_sync(self._process.restore)
+
+
+@pytest.fixture(params=["fake", "real"])
+def backup(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeBackup | RealBackup]:
+    """An etcd of the test's own, which can go back."""
+    if request.param == "fake":
+        yield FakeBackup()
+        return
+    if shutil.which("etcd") is None:
+        pytest.skip("etcd is not installed")
+    process = EtcdProcess(tmp_path)
+    process.start()
+    yield RealBackup(process)
+    process.stop()
+
+
+Call = Callable[[], Awaitable[object]]
+
+
+async def assert_refused(calls: dict[str, Call]) -> None:
+    for call in calls.values():
+        with pytest.raises(WentBackError, match="sheepctl metadata accept"):
+            await call()
+
+
+@pytest.mark.parametrize("first", ["list", "commit", "keep_alive"])
+async def test_a_store_that_went_back_is_refused_and_left_alone(
+    backup: FakeBackup | RealBackup, root: str, first: str
+) -> None:
+    store = backup.client()
+    lease = await store.grant(60)
+    await put(store, root + "a", b"old", lease)
+    await backup.save()
+    await put(store, root + "a", b"new")
+    await put(store, root + "a", b"newer")
+    async with store.watch(root, poll_s=0.05) as hints:
+        await drain_for(hints, 0.3)
+        await backup.restore()
+        calls: dict[str, Call] = {
+            "get": lambda: store.get(root + "a"),
+            "list": lambda: store.list(root),
+            "commit": lambda: put(store, root + "b"),
+            "grant": lambda: store.grant(60),
+            "keep_alive": lambda: store.keep_alive(lease),
+            "revoke": lambda: store.revoke(lease),
+        }
+        with trio.fail_after(WAIT_S):
+            await assert_refused({first: calls[first]})
+            await assert_refused(calls)
+            await assert_refused(calls)
+            for _ in range(3):
+                await hints.receive()
+    other = backup.client()
+    # Who has seen nothing else is served: it is an etcd like any other.
+    assert (await found(other, root + "a")).value == b"old"
+    assert await other.get(root + "b") is None
+    # And grows beyond what was seen: too late to be trusted again.
+    for _ in range(5):
+        await put(other, root + "c")
+    await assert_refused(calls)
+    await other.aclose()
+    await store.aclose()
+
+
+async def test_a_store_that_was_restarted_is_not_taken_for_one_that_went_back(
+    backup: FakeBackup | RealBackup, root: str
+) -> None:
+    store = backup.client()
+    await put(store, root + "a")
+    await backup.save()
+    await backup.restore()
+    last = await put(store, root + "a")
+    assert (await found(store, root + "a")).mod_revision == last
+    await store.aclose()
+
+
+async def test_calls_at_the_same_time_are_not_taken_for_going_back(store: Store, root: str) -> None:
+    async def work(number: int) -> None:
+        lease = await store.grant(60)
+        for _ in range(20):
+            await put(store, f"{root}{number}", lease=lease)
+            await store.list(root)
+            assert await store.keep_alive(lease)
+        await store.revoke(lease)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(8):
+            nursery.start_soon(work, number)
+
+
+async def test_a_keeper_renews_no_lease_in_a_store_that_went_back(
+    backup: FakeBackup | RealBackup, root: str
+) -> None:
+    store = backup.client()
+    keeper = LeaseKeeper(store, ttl_s=2)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(keeper.run)
+        await put(store, root + "leased", lease=keeper.lease)
+        await backup.save()
+        await put(store, root + "a")
+        await backup.restore()
+        other = backup.client()
+        await until_gone(other, root + "leased")
+        assert not keeper.lost.is_set()
+        assert not keeper.is_certain
+        nursery.cancel_scope.cancel()
+    await other.aclose()
+    await store.aclose()
+
+
+async def test_a_store_that_went_back_is_used_again_once_it_is_vouched_for(
+    backup: FakeBackup | RealBackup, root: str
+) -> None:
+    store, key = backup.client(), root + "fencing"
+    store.trust(key)
+    await put(store, root + "a", b"old")
+    await backup.save()
+    for _ in range(3):
+        await put(store, root + "a", b"new")
+    async with store.watch(root, poll_s=3600) as hints:
+        await drain_for(hints, 0.3)
+        await backup.restore()
+        with pytest.raises(WentBackError):
+            await store.get(root + "a")
+        other = backup.client()
+        await put(other, key, FencingRecord(1 << 40).encode())
+        with trio.fail_after(WAIT_S):
+            while True:
+                try:
+                    assert (await found(store, root + "a")).value == b"old"
+                    break
+                except WentBackError:
+                    await trio.sleep(0.05)
+            await put(store, root + "a", b"newest")
+            await hints.receive()
+    await other.aclose()
+    await store.aclose()
+
+
+async def drain_for(hints: trio.MemoryReceiveChannel[None], seconds: float) -> None:
+    with trio.move_on_after(seconds):
+        async for _ in hints:
+            pass
 
 
 async def drain(hints: trio.MemoryReceiveChannel[None]) -> None:

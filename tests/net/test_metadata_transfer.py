@@ -14,10 +14,16 @@ from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError, WrongClusterError
 from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import ClusterConfig, Keys
-from sheepfs.core.metadata_export import Export
+from sheepfs.core.metadata_export import Export, imported
 from sheepfs.net.attach import attach, detach, force_unlock, reclaim_after_lease_loss, save
 from sheepfs.net.catalog import Catalog
-from sheepfs.net.metadata_transfer import Imported, export_metadata, import_metadata
+from sheepfs.net.metadata_transfer import (
+    Imported,
+    accept,
+    export_metadata,
+    import_metadata,
+    propose_acceptance,
+)
 from sheepfs.net.store import LeaseKeeper
 from storaged.membership import ensure_config, register
 
@@ -246,3 +252,64 @@ async def test_a_data_directory_makes_no_cluster_in_an_etcd_that_lost_its_own() 
 async def test_only_a_whole_cluster_can_be_exported() -> None:
     with pytest.raises(UsageError, match="no cluster"):
         await export_metadata(FakeEtcd(), KEYS, 1e9)
+
+
+async def restored_cluster(bump: int = 0) -> tuple[FakeEtcd, int]:
+    """An etcd that went back, with a client that has not seen it, and the last token before."""
+    old = await old_cluster()
+    await old.server.client().revoke(old.server.keys[KEYS.alive_node(1)].lease)
+    older = old.server.save()
+    fences = Fences()
+    late = await Catalog(old, KEYS).create("late.raw", 1 << 30)
+    for _ in range(5):
+        await hold(old, late.id, fences)
+    old.server.restore(older, bump)
+    return old.server.client(), fences.tokens[late.id]
+
+
+@pytest.mark.parametrize("bump", [0, 1 << 30])
+async def test_accepting_lets_all_numbers_go_on_as_an_import_does(
+    autojump_clock: MockClock, bump: int
+) -> None:
+    etcd, token = await restored_cluster(bump)
+    export = await export_metadata(etcd, KEYS, 1e9)
+    before = dict(etcd.server.keys)
+    revision = etcd.server.revision
+    acceptance = await propose_acceptance(etcd, KEYS, 1e9)
+    assert acceptance.export.keys == export.keys
+    assert etcd.server.keys == before
+    await accept(etcd, acceptance)
+    after = {key: kv.value for key, kv in etcd.server.keys.items()}
+    assert after == {KEYS.root + key: value for key, value in imported(export).items()}
+    assert etcd.server.revision == revision + 1
+    fences = Fences()
+    fences.tokens = dict.fromkeys(range(100), token)
+    made = await Catalog(etcd, KEYS).create("late.raw", 1 << 30)
+    await hold(etcd, made.id, fences)
+    # Again is as good.
+    await accept(etcd, await propose_acceptance(etcd, KEYS, 1e9))
+
+
+async def test_nothing_is_accepted_while_daemons_run_or_etcd_changes(
+    autojump_clock: MockClock,
+) -> None:
+    etcd = await old_cluster()
+    with pytest.raises(UsageError, match=r"run \(node 1\)"):
+        await propose_acceptance(etcd, KEYS, 1e9)
+    await trio.sleep(61)
+    lease = await etcd.grant(60)
+    for change in (
+        lambda: Catalog(etcd, KEYS).create("new.raw", 1 << 30),
+        lambda: put(etcd, KEYS.leader, b"x", lease),
+    ):
+        acceptance = await propose_acceptance(etcd, KEYS, 1e9)
+        await change()
+        before = dict(etcd.server.keys)
+        with pytest.raises(SheepError, match="nothing was accepted"):
+            await accept(etcd, acceptance)
+        assert etcd.server.keys == before
+
+
+async def test_only_a_whole_cluster_can_be_accepted() -> None:
+    with pytest.raises(UsageError, match="no cluster"):
+        await propose_acceptance(FakeEtcd(), KEYS, 1e9)

@@ -1,0 +1,157 @@
+"""etcd is restored from older data while the cluster runs: noticed, refused, and accepted."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e.cluster import Mounted
+from sheepfs.core.geometry import OBJECT_SIZE, serial_of
+from sheepfs_tools.processes import ManagedProcess, wait_for
+from sheepfs_tools.sheepctl import main
+
+SIZE = 3 * OBJECT_SIZE
+NOTICED = "it was restored from older data"
+ACCEPT = "sheepctl metadata accept"
+
+
+def has_noticed(process: ManagedProcess) -> bool:
+    return NOTICED in process.log.read_text()
+
+
+def noise(seed: int) -> bytes:
+    return random.Random(seed).randbytes(100_000)
+
+
+class Disk:
+    """A VDI in use, and what it reads as."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR)
+        self.content = bytearray(SIZE)
+
+    def write(self, offset: int, data: bytes) -> None:
+        assert os.pwrite(self._fd, data, offset) == len(data)
+        os.fsync(self._fd)
+        self.content[offset : offset + len(data)] = data
+
+    def check(self) -> None:
+        # Around the page cache: what the nodes have.
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(self._fd, SIZE, 0) == self.content
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class SavedEtcd:
+    """A copy of etcd's data directory, and the way back to it."""
+
+    def __init__(self, mounted: Mounted) -> None:
+        self._cluster = mounted.cluster
+        self._data = mounted.cluster.directory / "etcd"
+        self._saved = mounted.cluster.directory / "etcd.saved"
+        self._cluster.etcd.kill()
+        shutil.copytree(self._data, self._saved)
+        self._cluster.start_etcd()
+
+    def restore(self) -> None:
+        self._cluster.etcd.kill()
+        shutil.rmtree(self._data)
+        shutil.copytree(self._saved, self._data)
+        self._cluster.start_etcd()
+
+
+def test_an_etcd_restored_from_older_data_is_refused_until_it_is_accepted(
+    new_cluster: Callable[[], Mounted], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mounted = new_cluster()
+    cluster = mounted.cluster
+    data = ["--data", *(str(cluster.node_directory(number)) for number in cluster.nodes)]
+
+    def sheepctl(*words: str) -> tuple[int, str]:
+        code = main([*cluster.options, *words])
+        told = capsys.readouterr()
+        return code, told.out + told.err
+
+    def info(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(sheepctl("vdi", "info", name, "--json")[1])
+        return found
+
+    def exported(file: str) -> object:
+        path = cluster.directory / file
+        assert sheepctl("metadata", "export", str(path))[0] == 0
+        return json.loads(path.read_text())["keys"]
+
+    first = Disk(mounted.create("first", str(SIZE)))
+    first.write(0, noise(1))
+    saved = SavedEtcd(mounted)
+    mounted.wait_healthy()
+    late = Disk(mounted.create("late", str(SIZE)))
+    late.write(5000, noise(2))
+    first.write(OBJECT_SIZE, noise(3))
+    lost = info("late")
+    saved.restore()
+
+    # -- who runs notices, changes nothing, and goes on
+    running = [*cluster.nodes.values(), *cluster.mounts.values()]
+    for process in running:
+        wait_for(partial(has_noticed, process), 20, f"{process.name} to notice")
+    for number, disk in enumerate((first, late)):
+        disk.write(2 * OBJECT_SIZE - 50_000, noise(4 + number))
+        disk.write(100, noise(6 + number))
+        disk.check()
+    before = exported("before")
+    for disk in (first, late):
+        disk.close()
+
+    # -- who starts refuses
+    cluster.nodes[1].stop()
+    cluster.nodes[1].start()
+    wait_for(lambda: cluster.nodes[1].pid is None, 20, "the daemon to refuse to start")
+    assert ACCEPT in cluster.nodes[1].last_words(3)
+    assert "knows less than this data directory" in cluster.nodes[1].last_words(3)
+    # When their keys in etcd are gone they serve all the same.
+    wait_for(
+        lambda: "still serve (node 2 at" in sheepctl("metadata", "accept", "--yes")[1],
+        20,
+        "etcd to forget the daemons",
+    )
+    assert exported("after") == before
+
+    # -- the operator's word
+    for process in running:
+        process.kill()
+    code, told = sheepctl("metadata", "accept", *data)
+    assert (code, "add --yes" in told) == (2, True), told
+    assert "VDIs or snapshots were made later" in told
+    code, told = sheepctl("metadata", "accept", "--yes", "--json", *data)
+    assert code == 0, told
+    mounted.start()
+    assert (mounted.path / "first.raw").read_bytes() == first.content
+    assert not (mounted.path / "late.raw").exists()
+    new = Disk(mounted.create("new", str(SIZE)))
+    made = info("new")
+    assert made["id"] > lost["id"]
+    assert serial(made) > serial(lost)
+    new.write(0, noise(9))
+    new.check()
+    new.close()
+    again = Disk(mounted.path / "first.raw")
+    again.content[:] = first.content
+    again.write(OBJECT_SIZE + 70, noise(10))
+    again.check()
+    again.close()
+    mounted.assert_replicas_agree("first")
+
+
+def serial(info: dict[str, Any]) -> int:
+    return serial_of(int(info["layer"]))
