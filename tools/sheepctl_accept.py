@@ -58,7 +58,7 @@ async def metadata_accept(arguments: argparse.Namespace) -> int:
     else:
         print(
             f"Accepted. Start the storage daemons of cluster {export.name} now, then start all"
-            " mounts anew: those that run change nothing any more."
+            " mounts anew: those that run may hold what etcd does not know."
         )
     return 0
 

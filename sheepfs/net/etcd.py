@@ -265,6 +265,8 @@ class Etcd:
                 if reply.header.revision < known.revision:
                     # Of a renewal it is this member's own, which may just be behind.
                     self._members[self._current].look(client, timeout_s)
+                else:
+                    self._guard.note(reply.header.revision, known)
                 return bool(reply.TTL > 0)
             raise UnreachableError("etcd ended the renewal without an answer")
 

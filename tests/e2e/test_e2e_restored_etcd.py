@@ -27,6 +27,14 @@ def has_noticed(process: ManagedProcess) -> bool:
     return NOTICED in process.log.read_text()
 
 
+def have_seen(mounted: Mounted) -> bool:
+    epoch = mounted.status()["epoch"]
+    directories = [mounted.cluster.node_directory(number) for number in mounted.cluster.nodes]
+    return all(
+        json.loads((path / "sheepfs.json").read_text())["epoch"] >= epoch for path in directories
+    )
+
+
 def noise(seed: int) -> bytes:
     return random.Random(seed).randbytes(100_000)
 
@@ -95,7 +103,10 @@ def test_an_etcd_restored_from_older_data_is_refused_until_it_is_accepted(
     first.write(0, noise(1))
     saved = SavedEtcd(mounted)
     mounted.wait_healthy()
-    late = Disk(mounted.create("late", str(SIZE)))
+    # The first of two copies makes another map, which every daemon reads and writes down.
+    late = Disk(mounted.create("late", str(SIZE), copies=2))
+    mounted.wait_healthy()
+    wait_for(partial(have_seen, mounted), 20, "all daemons to read the newest map")
     late.write(5000, noise(2))
     first.write(OBJECT_SIZE, noise(3))
     lost = info("late")
