@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 
 HASH_TABLE_SIZE = 8192
+AWAIT_S = 0.5
+"""How long STAT waits for a version."""
 _COUNT = struct.Struct("<H")
 
 
@@ -37,16 +39,33 @@ class Comparing(Copies):
         check_token(header, self.tokens)
         self.gate.check_sync(header)
         entry = self.store.get(header.oid)
-        if entry is None:
-            raise Refusal(Status.NOT_FOUND, f"{describe_oid(header.oid)} is not here")
-        if entry.suspect:
+        if entry is not None and entry.suspect:
             self._when_trusted(client, header, payload)
             return
+        if (entry.version if entry else 0) < header.version:
+            self._nursery.start_soon(self._stat_in_time, client, header)
+            return
+        if entry is None:
+            raise Refusal(Status.NOT_FOUND, f"{describe_oid(header.oid)} is not here")
         if header.flags:
             self.hold(header.oid)
             self._nursery.start_soon(self._stat_with_digest, client, header)
             return
         client.reply(header, version=entry.version, span=entry.lineage)
+
+    async def _stat_in_time(self, client: Client, header: Header) -> None:
+        """A peer waits for a change that is on its way to this node, too; but not for ever."""
+        with trio.move_on_after(AWAIT_S):
+            while self._version(header.oid) < header.version:
+                await self.awaited.setdefault(header.oid, trio.Event()).wait()
+        self.arrived(header.oid)  # Others who wait look again, too.
+        self.handle(client, header._replace(version=0), b"")
+
+    def arrived(self, oid: int) -> None:
+        """Whoever waits for a change of an object looks again."""
+        event = self.awaited.pop(oid, None)
+        if event is not None:
+            event.set()
 
     async def _stat_with_digest(self, client: Client, header: Header) -> None:
         """The digest is of the data on disk, not of what the table says of it."""
@@ -99,7 +118,9 @@ class Comparing(Copies):
             return
         if header.flags & FLAG_YIELD and not self.pacer.may_serve(header.span):
             raise Refusal(Status.BUSY, "clients come first")
-        self.hold(header.oid)
+        if not header.flags & FLAG_YIELD:
+            # Whoever yields asks for a piece again when it was changed: clients' changes go on.
+            self.hold(header.oid)
         self._nursery.start_soon(self._export, client, header, bytes(payload))
 
     async def _export(self, client: Client, header: Header, hashes: bytes) -> None:
@@ -120,7 +141,8 @@ class Comparing(Copies):
         except SheepError as error:
             self.fail(client, header, error)
         finally:
-            self.release(oid)
+            if not header.flags & FLAG_YIELD:
+                self.release(oid)
 
     def _repair(self, client: Client, header: Header, payload: Buffer) -> None:
         """This copy was found missing, bad or behind: level it with node `span` (0: any)."""

@@ -89,6 +89,7 @@ class Pulling:
             with suppress(ObjectNotFoundError):
                 header, _ = await self._source(group).call(
                     Op.STAT,
+                    version=version,
                     oid=oid,
                     pool=pool,
                     pg=pg,

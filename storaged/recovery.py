@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 PARALLEL_GROUPS = 4
 REPORT_BYTES = 256 << 20
+REPORT_EVERY_S = 3.0
 """So much is pulled between two reports: groups that are done need not wait for the others."""
 MARK_AT_ONCE = 64
 WAITING_RETRY_S = 1.0
@@ -78,6 +79,7 @@ class Recovery(Pulling):
         self._done: list[JoinedGroup] = []
         """Groups that are level and not reported yet."""
         self._unreported_bytes = 0
+        self._reported = float("-inf")
         self._reporting = trio.Lock()
         self._busy = 0
         """Objects that are being pulled behind the clients' backs."""
@@ -140,8 +142,14 @@ class Recovery(Pulling):
             return False
         if self.progress.waits == PAUSED:
             self.progress.waits = ""
-        await self._in_parallel(self._join, joining)
-        await self._report()
+        done = set(self._done)
+        todo = [group for group in joining if JoinedGroup(*_key(*group)) not in done]
+        await self._in_parallel(self._join, todo)
+        if (
+            len(self._done) >= len(joining)
+            or trio.current_time() >= self._reported + REPORT_EVERY_S
+        ):
+            await self._report()
         # Not finished until the leader's next map says so.
         return False
 
@@ -202,6 +210,7 @@ class Recovery(Pulling):
         async with self._reporting:
             done, self._done = self._done, []
             self._unreported_bytes = 0
+            self._reported = trio.current_time()
             if not done:
                 return
             keep, self._to_keep = self._to_keep, {}

@@ -120,6 +120,8 @@ class Replica(Comparing):
         ):
             # Nearly every write. What is not as simple is judged below.
             self.store.write(oid, header.offset, payload, header.version)
+            if self.awaited:
+                self.arrived(oid)
             client.acknowledge(header)
             return
         self._judge(client, header, payload, role, entry)
@@ -193,6 +195,8 @@ class Replica(Comparing):
         if role is Role.JOINING and not (unknown and header.op == Op.DELETE):
             # What was deleted unseen, a member that stayed may have yet.
             self.level_of(header.pool, header.pg).bring(oid)
+        if self.awaited:
+            self.arrived(oid)
         client.acknowledge(header)
 
     def _apply(self, header: Header, payload: Buffer, create: bool, base: int | None) -> None:

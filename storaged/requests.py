@@ -128,6 +128,8 @@ class Requests:
         self._nursery = nursery
         self._on_disk_error = on_disk_error
         self._held: dict[int, deque[Request]] = {}
+        self.awaited: dict[int, trio.Event] = {}
+        """Objects that peers wait for a change of."""
         self._repairing: set[int] = set()
         """Held objects whose damage is being repaired from a peer."""
         self._freed: set[int] = set()
