@@ -16,6 +16,7 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SIZE, describe_oid, layer_of
 from sheepfs.core.wire import FLAG_FORWARD, FLAG_SALVAGE, FLAG_YIELD, Buffer, Header, Op
+from storaged import background
 from storaged.copies import Copies
 from storaged.logic.gate import Refusal, check_token
 from storaged.requests import Client
@@ -125,6 +126,7 @@ class Comparing(Copies):
 
     async def _export(self, client: Client, header: Header, hashes: bytes) -> None:
         oid = header.oid
+        yields = bool(header.flags & FLAG_YIELD)
 
         def export() -> tuple[Difference, bytes]:
             first = header.offset // BLOCK_SIZE
@@ -134,14 +136,15 @@ class Comparing(Copies):
             return found, found.encode()
 
         try:
-            found, body = await trio.to_thread.run_sync(export)
-            if header.flags & FLAG_YIELD:
+            run_sync = background.run_sync if yields else trio.to_thread.run_sync
+            found, body = await run_sync(export)
+            if yields:
                 self.pacer.served(header.span, len(body))
             client.reply(header, body, version=found.version, span=found.lineage)
         except SheepError as error:
             self.fail(client, header, error)
         finally:
-            if not header.flags & FLAG_YIELD:
+            if not yields:
                 self.release(oid)
 
     def _repair(self, client: Client, header: Header, payload: Buffer) -> None:

@@ -27,7 +27,6 @@ from storaged.daemon import Daemon, Options
 log = logging.getLogger(__name__)
 
 DEFAULT_LISTEN = "0.0.0.0:7000"
-SWITCH_S = 0.0003
 EXIT_DISK_FAILED = 3
 """Not started again by systemd: a sync that failed must not succeed the second time (I5)."""
 
@@ -131,7 +130,6 @@ def main() -> None:
     """
     args = build_parser().parse_args()
     log_to_stderr(args.log_format, args.log_level)
-    sys.setswitchinterval(SWITCH_S)
     _raise_open_files()
     try:
         check_cluster_name(args.cluster)

@@ -11,7 +11,7 @@ from sheepfs.core.metadata import RecoveryRecord
 from storaged.logic.pace import Pace
 
 LOOK_EVERY_S = 0.02
-PIECE = 512 << 10
+PIECE = 256 << 10
 LOOK_FOR_S = 2.0
 """So long after the last object the node is looked at; then nothing runs here."""
 

@@ -10,8 +10,9 @@ Always holds:
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 
@@ -29,12 +30,13 @@ from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
 from sheepfs.core.wire import FLAG_SALVAGE, FLAG_YIELD, Header, Op
 from sheepfs.logs import fields
 from sheepfs.net.link import Link
+from storaged import background
 from storaged.comparing import decode_layout
 from storaged.pacing import cost
 from storaged.replica import Replica
 from storaged.store.entry import sibling
 from storaged.store.format import EMPTY_TABLE
-from storaged.store.patch import make_patch
+from storaged.store.patch import Patch, make_patch
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +215,7 @@ class Pulling:
             finally:
                 replica.release(oid)
         before = store.get(oid)
-        hashes = await self._hashes(oid)
+        hashes = await self._hashes(oid, quietly=True)
         pieces: list[tuple[Header, bytes]] = []
         size = pacer.piece_bytes
         for offset in range(0, OBJECT_SIZE, size):
@@ -237,7 +239,7 @@ class Pulling:
             current = replica.map.pools[pool][pg]
             if store.get(oid) is not before or current.changed != group.changed:
                 return False
-            await self._apply(link.node, oid, pool, pg, hashes, pieces, False)
+            await self._apply(link.node, oid, pool, pg, hashes, pieces, False, quietly=True)
         finally:
             replica.release(oid)
         return True
@@ -266,10 +268,11 @@ class Pulling:
                 pacer.give_back(size - used)
             await trio.sleep(YIELD_S)
 
-    async def _hashes(self, oid: int) -> bytes:
+    async def _hashes(self, oid: int, quietly: bool = False) -> bytes:
         if self._replica.store.get(oid) is None:
             return EMPTY_TABLE
-        return await trio.to_thread.run_sync(self._replica.store.digests, oid)
+        digests: bytes = await _in_thread(quietly)(self._replica.store.digests, oid)
+        return digests
 
     async def _ask(
         self, link: Link, oid: int, pool: int, pg: int, hashes: bytes, flags: int = 0, **span: int
@@ -297,6 +300,7 @@ class Pulling:
         hashes: bytes,
         pieces: list[tuple[Header, bytes]],
         exact: bool,
+        quietly: bool = False,
     ) -> None:
         """Patch a held object with what a source said to differ from `hashes`."""
         replica, store = self._replica, self._replica.store
@@ -310,12 +314,12 @@ class Pulling:
             raise RecoveringError(f"node {source} lacks a change of {describe_oid(oid)}")
 
         bodies = [body for _, body in pieces]
-        patch = await trio.to_thread.run_sync(make_patch, hashes, version, lineage, bodies)
+        patch: Patch = await _in_thread(quietly)(make_patch, hashes, version, lineage, bodies)
         if not store.is_marked(oid):
             await trio.to_thread.run_sync(store.mark, [oid])
         job = store.begin_patch(oid, patch, pool=pool, pg=pg)
         try:
-            await trio.to_thread.run_sync(job.run)
+            await _in_thread(quietly)(job.run)
         except BaseException:
             store.leave_patch(job)
             raise
@@ -359,3 +363,8 @@ class Pulling:
     def _is_trusted(self, oid: int, pool: int, pg: int) -> bool:
         group = self._replica.map.pools[pool][pg]
         return self._replica.node in group.sync or oid in self._replica.fresh_of(pool, pg)
+
+
+def _in_thread(quietly: bool) -> Callable[..., Awaitable[Any]]:
+    """Give what runs blocking work, which a client waits for or (`quietly`) does not."""
+    return background.run_sync if quietly else trio.to_thread.run_sync

@@ -14,7 +14,7 @@ START = float(16 << 20)
 CEILING = float(2 << 30)
 """Bytes per second: the least, what is tried first beside clients, and as good as no limit."""
 IDLE_S = 0.5
-LATE_S = 0.002
+LATE_S = 0.001
 """An event loop that is late by more makes clients wait."""
 LESS = 0.7
 """What is left of the rate after a look that found the node late."""

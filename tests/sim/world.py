@@ -28,7 +28,17 @@ from sheepfs.core.metadata import Keys, RecoveryRecord, ScrubRecord
 from sheepfs.net import link, router
 from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, Threads
 from sim.network import SimHost, SimNetwork
-from storaged import agreement, daemon, leader, membership, recovery, removal, selfcheck, server
+from storaged import (
+    agreement,
+    background,
+    daemon,
+    leader,
+    membership,
+    recovery,
+    removal,
+    selfcheck,
+    server,
+)
 from storaged.daemon import Daemon, Machine, Options
 from storaged.logic.scrub import DAY_S
 from storaged.store import dirtylog, files, flush
@@ -416,6 +426,7 @@ def determined(world: World, seed: int) -> Iterator[None]:
     put(trio, "CancelScope", mortal(trio.CancelScope))
     put(trio, "move_on_after", mortal(trio.move_on_after))
     put(trio.to_thread, "run_sync", world.threads.run_sync)
+    put(background, "run_sync", world.threads.run_sync)
 
     def wall_clock() -> float:
         host = HOST.get()
