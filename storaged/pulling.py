@@ -45,6 +45,8 @@ RETRY_DELAY_S = 0.1
 PATIENCE_S = 2.0
 """How long a pull waits for a peer to be reachable: requests on the object wait meanwhile."""
 WITNESS_EVERY_S = 0.002
+PAUSE_S = 0.0005
+"""Between two pieces of a copy that no client waits for."""
 YIELD_S = 0.05
 YIELD_PATIENCE_S = 10.0
 """How often, and how long, a source that yields to clients is asked for the same piece."""
@@ -319,7 +321,7 @@ class Pulling:
             await trio.to_thread.run_sync(store.mark, [oid])
         job = store.begin_patch(oid, patch, pool=pool, pg=pg)
         try:
-            await _in_thread(quietly)(job.run)
+            await _in_thread(quietly)(job.run, PAUSE_S if quietly else 0.0)
         except BaseException:
             store.leave_patch(job)
             raise

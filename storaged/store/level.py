@@ -12,6 +12,7 @@ Always holds:
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from sheepfs.core.errors import (
@@ -40,6 +41,7 @@ from storaged.store.sharing import Sharing
 log = logging.getLogger(__name__)
 _CHUNK = 256
 _TRIES = 64
+_PIECE = 128 << 10
 _ALL = SUMS[BLOCKS_PER_OBJECT]
 
 
@@ -56,14 +58,18 @@ class PatchJob:
         self.is_new = is_new
         self.error: OSError | None = None
 
-    def run(self) -> None:
-        """Write the blocks that change. Blocks; `end_patch` tells how it went."""
+    def run(self, pause_s: float = 0.0) -> None:
+        """Write the blocks that change. Blocks; `end_patch` tells how it went.
+
+        Args:
+            pause_s: rest for so long after each 128 KiB: new pages cost the kernel milliseconds.
+        """
         try:
-            self._write(_ALL.unpack(self.patch.table))
+            self._write(_ALL.unpack(self.patch.table), pause_s)
         except OSError as error:
             self.error = error
 
-    def _write(self, sums: Sequence[int]) -> None:
+    def _write(self, sums: Sequence[int], pause_s: float) -> None:
         fd, differs = self.file.fd, self.patch.differs
         changed = [(1 + (not sums[i])) * (i in differs) for i in range(BLOCKS_PER_OBJECT)]
         position = 0
@@ -71,7 +77,10 @@ class PatchJob:
             length = (end - start) * BLOCK_SIZE
             if kind == 1:
                 piece = self.patch.data[position : position + length]
-                write_all(self._disk, fd, piece, start * BLOCK_SIZE)
+                for at in range(0, length, _PIECE):
+                    write_all(self._disk, fd, piece[at : at + _PIECE], start * BLOCK_SIZE + at)
+                    if pause_s:
+                        time.sleep(pause_s)
                 position += length
             elif kind == 2:
                 self._disk.punch(fd, start * BLOCK_SIZE, length)

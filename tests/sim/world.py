@@ -34,6 +34,7 @@ from storaged import (
     daemon,
     leader,
     membership,
+    pulling,
     recovery,
     removal,
     selfcheck,
@@ -427,6 +428,7 @@ def determined(world: World, seed: int) -> Iterator[None]:
     put(trio, "move_on_after", mortal(trio.move_on_after))
     put(trio.to_thread, "run_sync", world.threads.run_sync)
     put(background, "run_sync", world.threads.run_sync)
+    put(pulling, "PAUSE_S", 0.0)
 
     def wall_clock() -> float:
         host = HOST.get()
