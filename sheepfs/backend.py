@@ -30,7 +30,7 @@ class Attributes:
 
     `id` never changes and is never reused, so it serves as inode number (the mount's root is
     inode 1; ids start at 2). VDIs and snapshots have ids of one counter. `name` is the file's:
-    `vm1.raw`, and `vm1@daily.raw` for its snapshot `daily` (`metadata.snapshot_file`).
+    `vm1.raw`, and `vm1@daily.raw` for its snapshot `daily` (`names.snapshot_file`).
     """
 
     id: int
@@ -211,7 +211,7 @@ class Namespace(Protocol):
         """Set one of them; None removes it, and does nothing if there is none.
 
         Raises:
-            UsageError: a bad name, or more in all than `metadata.check_attributes` takes.
+            UsageError: a bad name, or more in all than `names.check_attributes` takes.
         """
         ...
 

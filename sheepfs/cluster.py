@@ -25,13 +25,9 @@ from sheepfs.core.errors import (
     UsageError,
     VdiNotFoundError,
 )
-from sheepfs.core.metadata import (
-    Keys,
-    RequestRecord,
-    SnapshotRecord,
-    VdiRecord,
-    split_name,
-)
+from sheepfs.core.keys import Keys
+from sheepfs.core.metadata import RequestRecord, SnapshotRecord, VdiRecord
+from sheepfs.core.names import split_name
 from sheepfs.core.wire import Op
 from sheepfs.frozen import FrozenVolume, snapshot_attributes
 from sheepfs.holder_requests import GIVE_WAY, Progress, ask, delete_vdi, ignore_progress

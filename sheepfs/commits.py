@@ -24,13 +24,9 @@ from sheepfs.core.errors import (
     VdiExistsError,
 )
 from sheepfs.core.geometry import copies_of
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, Put, Unchanged
-from sheepfs.core.metadata import (
-    Keys,
-    NameRecord,
-    SnapshotRecord,
-    VdiRecord,
-)
+from sheepfs.core.metadata import NameRecord, SnapshotRecord, VdiRecord
 from sheepfs.net.attach import Attachment, Extra, commit, nothing_more
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.records import COMMIT_PATIENCE_S, COMMIT_RETRY_S

@@ -13,7 +13,7 @@ from sheepfs.accounts import Reporter
 from sheepfs.cluster import START_TIMEOUT_S, Cluster
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import UnreachableError
-from sheepfs.core.metadata import Keys
+from sheepfs.core.keys import Keys
 from sheepfs.logs import watch_slow
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd

@@ -22,8 +22,9 @@ from sheepfs.core.errors import (
     SheepError,
     UnreachableError,
 )
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, Put, Transaction, Unchanged
-from sheepfs.core.metadata import Keys, RequestRecord
+from sheepfs.core.metadata import RequestRecord
 from sheepfs.net.attach import LEVELLING
 from sheepfs.net.catalog import TRASH_KEEP_S, Catalog
 from sheepfs.net.groups import plain_errors

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from sheepfs.core.errors import FencedError, HeldElsewhereError, SheepError, UnreachableError
-from sheepfs.core.metadata import Keys, VdiRecord
+from sheepfs.core.keys import Keys
+from sheepfs.core.metadata import VdiRecord
 from sheepfs.holder_requests import make_way
 from sheepfs.net.attach import (
     LEVELLING,

@@ -18,7 +18,7 @@ import trio
 
 from sheepfs.backend import Namespace
 from sheepfs.core.errors import SheepError, UsageError
-from sheepfs.core.metadata import check_cluster_name
+from sheepfs.core.names import check_cluster_name
 from sheepfs.fuse import daemon
 from sheepfs.fuse import mountpoint as mountpoints
 from sheepfs.fuse.session import serve

@@ -14,10 +14,8 @@ from sheepfs.capture import Captured
 from sheepfs.commits import Changes, Commits, attachment_of
 from sheepfs.core.geometry import copies_of
 from sheepfs.core.kv import Put
-from sheepfs.core.metadata import (
-    VdiRecord,
-    check_copies,
-)
+from sheepfs.core.metadata import VdiRecord
+from sheepfs.core.names import check_copies
 from sheepfs.flusher import store_pages
 from sheepfs.holder_requests import Progress
 from sheepfs.replication import Replicator

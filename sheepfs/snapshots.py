@@ -22,12 +22,8 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import copies_of
 from sheepfs.core.kv import Put, Unchanged
-from sheepfs.core.metadata import (
-    SnapshotRecord,
-    VdiRecord,
-    check_tag,
-    check_vdi_name,
-)
+from sheepfs.core.metadata import SnapshotRecord, VdiRecord
+from sheepfs.core.names import check_tag, check_vdi_name
 from sheepfs.net.catalog import Change
 from sheepfs.net.groups import plain_errors
 from sheepfs.replication import Replicator

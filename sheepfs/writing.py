@@ -28,7 +28,7 @@ from sheepfs.core.geometry import (
     object_count,
     split,
 )
-from sheepfs.core.metadata import check_vdi_size
+from sheepfs.core.names import check_vdi_size
 from sheepfs.core.wire import FLAG_CREATE, Buffer, Op
 from sheepfs.flusher import Flusher
 from sheepfs.net.attach import Attachment

@@ -21,7 +21,8 @@ import trio
 from sheepfs import __version__
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError
-from sheepfs.core.metadata import ClusterConfig, Keys, RecoveryRecord, ScrubRecord
+from sheepfs.core.keys import Keys
+from sheepfs.core.metadata import ClusterConfig, RecoveryRecord, ScrubRecord
 from sheepfs.core.wire import Buffer, Header, Op
 from sheepfs.logs import fields, watch_slow
 from sheepfs.net.catalog import Catalog

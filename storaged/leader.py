@@ -24,8 +24,9 @@ import trio
 
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
-from sheepfs.core.metadata import ClusterConfig, Keys, LeaderRecord
+from sheepfs.core.metadata import ClusterConfig, LeaderRecord
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, Store
 from storaged.epochlog import log_changes, log_losses
 from storaged.logic.leader import OUT_AFTER_S, Joined, as_in_map, decide

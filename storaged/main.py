@@ -13,7 +13,7 @@ from typing import NoReturn
 import trio
 
 from sheepfs.core.errors import DiskError, SheepError, UsageError
-from sheepfs.core.metadata import check_cluster_name
+from sheepfs.core.names import check_cluster_name
 from sheepfs.logs import add_log_options, log_to_stderr
 from sheepfs.net.groups import plain_errors
 from sheepfs.service import (

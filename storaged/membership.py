@@ -22,8 +22,14 @@ import trio
 
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import ProtocolError, UnreachableError, UsageError, WrongClusterError
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction, Unchanged
-from sheepfs.core.metadata import AliveRecord, ClusterConfig, Keys, NodeRecord, NodeWish
+from sheepfs.core.metadata import (
+    AliveRecord,
+    ClusterConfig,
+    NodeRecord,
+    NodeWish,
+)
 from sheepfs.net.history import WentBackError
 from sheepfs.net.metadata_transfer import refuse_half_done
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, LeaseKeeper, Store

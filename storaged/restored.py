@@ -19,7 +19,7 @@ import trio
 
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import NoSpaceError, ProtocolError, SheepError, UsageError
-from sheepfs.core.metadata import Keys
+from sheepfs.core.keys import Keys
 from sheepfs.net.store import COMPLAIN_S, Store
 from sheepfs.net.tokens import read_floor
 

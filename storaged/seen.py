@@ -11,8 +11,14 @@ from typing import TypeVar
 
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import ProtocolError, SheepError
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import KeyValue
-from sheepfs.core.metadata import AcceptedLoss, AliveRecord, Keys, NodeWish, Patience
+from sheepfs.core.metadata import (
+    AcceptedLoss,
+    AliveRecord,
+    NodeWish,
+    Patience,
+)
 from sheepfs.net.store import Store
 from storaged.logic.leader import DEFAULT_PATIENCE
 

@@ -11,7 +11,8 @@ from sheepfs.abandoned import level
 from sheepfs.backend import OpenVolume
 from sheepfs.cluster import Cluster
 from sheepfs.core.errors import UsageError, VdiNotFoundError
-from sheepfs.core.metadata import SnapshotRecord, full_name
+from sheepfs.core.metadata import SnapshotRecord
+from sheepfs.core.names import full_name
 from sheepfs.image import Image
 from sheepfs.net.catalog import Snapshot
 from sheepfs.objects import ObjectReader

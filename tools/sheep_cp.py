@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sheepfs.core.metadata import split_name
+from sheepfs.core.names import split_name
 from sheepfs_tools import file_copy
 
 _PRESERVE = ("mode", "ownership", "timestamps", "links", "context", "xattr", "all")

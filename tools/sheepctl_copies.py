@@ -19,7 +19,7 @@ from sheepfs.cluster import Cluster
 from sheepfs.connecting import connect
 from sheepfs.core.errors import UsageError, VdiNotFoundError
 from sheepfs.core.geometry import OBJECT_SIZE
-from sheepfs.core.metadata import (
+from sheepfs.core.names import (
     check_copies,
     check_tag,
     check_vdi_name,

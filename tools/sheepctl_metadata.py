@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from sheepfs.core.errors import ProtocolError, SheepError
-from sheepfs.core.metadata import Keys
+from sheepfs.core.keys import Keys
 from sheepfs.core.metadata_export import Export
 from sheepfs.net.etcd import Etcd
 from sheepfs.net.metadata_transfer import export_metadata, import_metadata

@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 
 from sheepfs.core.errors import SnapshotNotFoundError, UsageError, VdiNotFoundError
-from sheepfs.core.metadata import SnapshotRecord, VdiRecord, full_name, snapshot_file, split_name
+from sheepfs.core.metadata import SnapshotRecord, VdiRecord
+from sheepfs.core.names import full_name, snapshot_file, split_name
 from sheepfs.net.catalog import Catalog, Snapshot
 from sheepfs_tools.sheepctl_output import printable
 

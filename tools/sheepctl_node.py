@@ -17,7 +17,12 @@ import trio
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import TerminalError, UnreachableError, UsageError
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
-from sheepfs.core.metadata import BY_CAPACITY, MAX_WEIGHT, NodeWish, Patience
+from sheepfs.core.metadata import (
+    BY_CAPACITY,
+    MAX_WEIGHT,
+    NodeWish,
+    Patience,
+)
 from sheepfs_tools.node_groups import holding, nowhere_to_go, removal_problem
 from sheepfs_tools.progress import counting
 from sheepfs_tools.sheepctl_output import moment, print_facts, print_json, size_or_dash

@@ -29,8 +29,9 @@ from sheepfs.core.errors import (
     UsageError,
 )
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, map_object
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction, Unchanged
-from sheepfs.core.metadata import AcceptedLoss, Keys, LockRecord
+from sheepfs.core.metadata import AcceptedLoss, LockRecord
 from sheepfs.core.wire import Op
 from sheepfs.inventory import stored_entries, take_inventory
 from sheepfs.net.catalog import RootMap

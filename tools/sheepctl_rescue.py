@@ -11,8 +11,8 @@ from typing import Any
 
 from sheepfs.core.errors import UsageError, VdiNotFoundError
 from sheepfs.core.geometry import OBJECT_SIZE, tag_of
-from sheepfs.core.metadata import full_name, snapshot_file, split_name
 from sheepfs.core.metadata_export import NamedMap, named_maps
+from sheepfs.core.names import full_name, snapshot_file, split_name
 from sheepfs_tools.progress import progress
 from sheepfs_tools.rescue_image import Range, Rescued, write_image
 from sheepfs_tools.sheepctl_metadata import read_export

@@ -12,7 +12,8 @@ import trio
 
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import SheepError
-from sheepfs.core.metadata import ClusterConfig, Keys
+from sheepfs.core.keys import Keys
+from sheepfs.core.metadata import ClusterConfig
 from sheepfs.core.wire import Op
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd

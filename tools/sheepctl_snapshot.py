@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from sheepfs.core.metadata import check_tag, snapshot_file
+from sheepfs.core.names import check_tag, snapshot_file
 from sheepfs.net.catalog import TRASH_KEEP_S, Snapshot
 from sheepfs_tools.sheepctl_names import find_id, find_snapshot, snapshot_name
 from sheepfs_tools.sheepctl_output import (

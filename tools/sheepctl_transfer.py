@@ -12,7 +12,7 @@ from typing import ClassVar
 import trio
 
 from sheepfs.core.errors import HeldElsewhereError, SheepError, UsageError, VdiNotFoundError
-from sheepfs.core.metadata import check_copies, check_vdi_size
+from sheepfs.core.names import check_copies, check_vdi_size
 from sheepfs.image import Change
 from sheepfs.pipeline import in_order
 from sheepfs_tools.file_copy import data_ranges

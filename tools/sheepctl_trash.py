@@ -6,14 +6,8 @@ import argparse
 from typing import Any
 
 from sheepfs.core.errors import ProtocolError, UsageError, VdiNotFoundError
-from sheepfs.core.metadata import (
-    SnapshotRecord,
-    TrashRecord,
-    VdiRecord,
-    full_name,
-    snapshot_file,
-    split_name,
-)
+from sheepfs.core.metadata import SnapshotRecord, TrashRecord, VdiRecord
+from sheepfs.core.names import full_name, snapshot_file, split_name
 from sheepfs.net.catalog import Catalog
 from sheepfs_tools.sheepctl_output import moment, print_json, print_table, printable, size_or_dash
 from sheepfs_tools.sheepctl_session import open_session, options

@@ -9,9 +9,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sheepfs.core.errors import SheepError, UsageError
-from sheepfs.core.metadata import (
-    LockRecord,
-    VdiRecord,
+from sheepfs.core.metadata import LockRecord, VdiRecord
+from sheepfs.core.names import (
     check_copies,
     check_vdi_name,
     check_vdi_size,

@@ -18,7 +18,12 @@ from sheepfs.backend import OpenVolume
 from sheepfs.callbacks import Completed, completion
 from sheepfs.core.errors import NoSpaceError, SheepError, VdiExistsError, VdiNotFoundError
 from sheepfs.core.geometry import BLOCK_SIZE, OBJECT_SIZE
-from sheepfs.core.metadata import MAX_NAME_BYTES, check_vdi_name, full_name, split_name
+from sheepfs.core.names import (
+    MAX_NAME_BYTES,
+    check_vdi_name,
+    full_name,
+    split_name,
+)
 from sheepfs.core.wire import Buffer
 from sheepfs.image import Image
 

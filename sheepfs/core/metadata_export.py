@@ -21,18 +21,18 @@ from xxhash import xxh3_128_hexdigest
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import ProtocolError, SheepError, UsageError
 from sheepfs.core.geometry import MAX_SERIAL
+from sheepfs.core.keys import Keys
 from sheepfs.core.metadata import (
     ClusterConfig,
     FencingRecord,
-    Keys,
     NameRecord,
     NodeRecord,
     Record,
     SnapshotRecord,
     TrashRecord,
     VdiRecord,
-    snapshot_file,
 )
+from sheepfs.core.names import snapshot_file
 
 _R = TypeVar("_R", bound=Record)
 WHAT = "sheepfs metadata"

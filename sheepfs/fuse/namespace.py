@@ -25,7 +25,7 @@ import pyfuse3
 from sheepfs.backend import Attributes, Namespace
 from sheepfs.core.errors import UsageError, VdiExistsError, VdiNotFoundError
 from sheepfs.core.geometry import MAX_VDI_SIZE, OBJECT_SIZE
-from sheepfs.core.metadata import MAX_ATTRIBUTES_BYTES, MAX_NAME_BYTES
+from sheepfs.core.names import MAX_ATTRIBUTES_BYTES, MAX_NAME_BYTES
 from sheepfs.fuse.handles import Handles, code_of
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,9 @@ from sheepfs.core.errors import (
     UnreachableError,
     VdiNotFoundError,
 )
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
-from sheepfs.core.metadata import Keys, LockRecord, VdiRecord
+from sheepfs.core.metadata import LockRecord, VdiRecord
 from sheepfs.net.catalog import Backoff, Catalog, VdiChange, held_by
 from sheepfs.net.store import RETRY_S, LeaseGoneError, LeaseKeeper, Store
 from sheepfs.net.tokens import read_floor

@@ -19,6 +19,8 @@ from sheepfs.core.metadata import (
     NameRecord,
     SnapshotRecord,
     VdiRecord,
+)
+from sheepfs.core.names import (
     check_attributes,
     check_copies,
     check_vdi_name,

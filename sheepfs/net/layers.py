@@ -24,9 +24,8 @@ from sheepfs.core.metadata import (
     SnapshotRecord,
     TrashRecord,
     VdiRecord,
-    check_copies,
-    snapshot_file,
 )
+from sheepfs.core.names import check_copies, snapshot_file
 from sheepfs.net.records import Change
 from sheepfs.net.store import Hints, LeaseGoneError
 from sheepfs.net.trash import TrashCatalog

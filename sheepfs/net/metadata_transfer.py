@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sheepfs.core.errors import ProtocolError, SheepError, UsageError
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
-from sheepfs.core.metadata import ClusterConfig, ImportRecord, Keys
+from sheepfs.core.metadata import ClusterConfig, ImportRecord
 from sheepfs.core.metadata_export import Export, imported
 from sheepfs.net.store import Store
 

@@ -27,10 +27,10 @@ from sheepfs.core.errors import (
     VdiExistsError,
     VdiNotFoundError,
 )
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
 from sheepfs.core.metadata import (
     ClusterConfig,
-    Keys,
     LockRecord,
     NameRecord,
     Record,
@@ -38,10 +38,8 @@ from sheepfs.core.metadata import (
     SnapshotRecord,
     TrashRecord,
     VdiRecord,
-    check_tag,
-    check_vdi_name,
-    snapshot_file,
 )
+from sheepfs.core.names import check_tag, check_vdi_name, snapshot_file
 from sheepfs.net.metadata_transfer import refuse_half_done
 from sheepfs.net.store import Store
 

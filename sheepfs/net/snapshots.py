@@ -16,12 +16,8 @@ from sheepfs.core.errors import (
     SnapshotProtectedError,
 )
 from sheepfs.core.kv import Unchanged
-from sheepfs.core.metadata import (
-    NameRecord,
-    SnapshotRecord,
-    check_tag,
-    snapshot_file,
-)
+from sheepfs.core.metadata import NameRecord, SnapshotRecord
+from sheepfs.core.names import check_tag, snapshot_file
 from sheepfs.net.records import TRASH_KEEP_S, Change, SnapshotChange
 from sheepfs.net.trash import TrashCatalog
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Unchanged
-from sheepfs.core.metadata import FencingRecord, Keys
+from sheepfs.core.metadata import FencingRecord
 from sheepfs.net.store import Store
 
 

@@ -28,6 +28,8 @@ from sheepfs.core.metadata import (
     SnapshotRecord,
     TrashRecord,
     VdiRecord,
+)
+from sheepfs.core.names import (
     check_tag,
     check_vdi_name,
     snapshot_file,

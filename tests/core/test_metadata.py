@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sheepfs.core import metadata
+from sheepfs.core import metadata, names
 from sheepfs.core.errors import ProtocolError, UsageError
 from sheepfs.core.geometry import MAX_VDI_SIZE
-from sheepfs.core.metadata import (
-    Keys,
-    Record,
-    VdiRecord,
+from sheepfs.core.keys import Keys
+from sheepfs.core.metadata import Record, VdiRecord
+from sheepfs.core.names import (
     check_copies,
     check_vdi_name,
     check_vdi_size,
@@ -144,7 +143,7 @@ def test_a_vdi_name_that_is_taken_can_be_a_file_name(name: str) -> None:
     except UsageError:
         return
     encoded = name.encode()
-    assert 0 < len(encoded) <= metadata.MAX_NAME_BYTES
+    assert 0 < len(encoded) <= names.MAX_NAME_BYTES
     assert b"/" not in encoded
     assert b"\0" not in encoded
 

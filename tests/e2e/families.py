@@ -13,7 +13,7 @@ import trio
 from sheepfs.callbacks import completion, read_bytes
 from sheepfs.cluster import Cluster
 from sheepfs.core.geometry import OBJECT_SIZE
-from sheepfs.core.metadata import snapshot_file
+from sheepfs.core.names import snapshot_file
 from sheepfs.frozen import FrozenVolume
 from sheepfs.volume import Volume
 

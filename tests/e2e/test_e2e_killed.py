@@ -26,7 +26,7 @@ from sheepfs.abandoned import abandoned
 from sheepfs.connecting import connect
 from sheepfs.core.errors import HeldElsewhereError
 from sheepfs.core.geometry import OBJECT_SIZE
-from sheepfs.core.metadata import snapshot_file
+from sheepfs.core.names import snapshot_file
 from sheepfs.holding import TOOL
 from sheepfs_tools.processes import wait_for
 

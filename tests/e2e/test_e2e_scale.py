@@ -8,8 +8,9 @@ from functools import partial
 import trio
 
 from e2e.cluster import Mounted, run, seconds
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, Put, Transaction
-from sheepfs.core.metadata import Keys, NameRecord, VdiRecord
+from sheepfs.core.metadata import NameRecord, VdiRecord
 from sheepfs.net.etcd import Etcd
 from sheepfs_tools.processes import wait_for
 

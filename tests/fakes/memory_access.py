@@ -16,7 +16,7 @@ from fakes.memory_backend import MemoryNamespace, MemoryVdi, MemoryVolume
 from fakes.memory_objects import MemoryObjects
 from sheepfs.core.errors import HeldElsewhereError, VdiExistsError, VdiNotFoundError
 from sheepfs.core.geometry import BLOCKS_PER_OBJECT, data_object, make_layer
-from sheepfs.core.metadata import check_tag, full_name
+from sheepfs.core.names import check_tag, full_name
 from sheepfs.image import Image
 from sheepfs_tools.transfer_access import Found
 

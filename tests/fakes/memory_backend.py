@@ -29,7 +29,7 @@ from sheepfs.core.errors import (
     VdiNotFoundError,
 )
 from sheepfs.core.geometry import MAX_VDI_SIZE, OBJECT_SIZE
-from sheepfs.core.metadata import (
+from sheepfs.core.names import (
     check_attributes,
     check_tag,
     check_vdi_name,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fakes.etcd import FakeEtcd
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, Put, Transaction, Unchanged
-from sheepfs.core.metadata import Keys, SnapshotRecord
+from sheepfs.core.metadata import SnapshotRecord
 from sheepfs.net.catalog import Catalog
 
 KEYS = Keys("test")

@@ -16,7 +16,8 @@ from sheepfs.callbacks import completion
 from sheepfs.capture import Captured, copy_maps
 from sheepfs.core.errors import HeldElsewhereError
 from sheepfs.core.geometry import make_layer
-from sheepfs.core.metadata import Keys, SnapshotRecord, VdiRecord
+from sheepfs.core.keys import Keys
+from sheepfs.core.metadata import SnapshotRecord, VdiRecord
 from sheepfs.core.wire import Buffer
 from sheepfs.frozen import FrozenVolume
 from sheepfs.net.attach import Attachment

@@ -17,8 +17,9 @@ from sheepfs.core.errors import (
     UnreachableError,
     VdiNotFoundError,
 )
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.core.metadata import ClusterConfig, Keys, LockRecord, VdiRecord
+from sheepfs.core.metadata import ClusterConfig, LockRecord, VdiRecord
 from sheepfs.net.attach import (
     Attachment,
     attach,

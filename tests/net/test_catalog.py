@@ -20,8 +20,14 @@ from sheepfs.core.errors import (
     VdiNotFoundError,
 )
 from sheepfs.core.geometry import MAX_SERIAL, copies_of, make_layer, serial_of, tag_of
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.core.metadata import ClusterConfig, Keys, LayerRecord, LockRecord, VdiRecord
+from sheepfs.core.metadata import (
+    ClusterConfig,
+    LayerRecord,
+    LockRecord,
+    VdiRecord,
+)
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
 

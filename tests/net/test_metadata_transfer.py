@@ -12,8 +12,9 @@ from trio.testing import MockClock
 from fakes.etcd import FakeEtcd
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError, WrongClusterError
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.core.metadata import ClusterConfig, Keys
+from sheepfs.core.metadata import ClusterConfig
 from sheepfs.core.metadata_export import Export, imported
 from sheepfs.net.attach import attach, detach, force_unlock, reclaim_after_lease_loss, save
 from sheepfs.net.catalog import Catalog

@@ -23,8 +23,9 @@ from sheepfs import convergence, flusher, holding, vdimap, volume
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import CorruptError, RecoveringError, SheepError
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.core.metadata import Keys, RecoveryRecord, ScrubRecord
+from sheepfs.core.metadata import RecoveryRecord, ScrubRecord
 from sheepfs.net import link, router
 from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, Threads
 from sim.network import SimHost, SimNetwork

@@ -10,8 +10,14 @@ from trio.testing import MockClock
 from fakes.etcd import FakeEtcd, FakeServer
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import UnreachableError
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, Put, Transaction
-from sheepfs.core.metadata import AcceptedLoss, ClusterConfig, Keys, NodeWish, Record
+from sheepfs.core.metadata import (
+    AcceptedLoss,
+    ClusterConfig,
+    NodeWish,
+    Record,
+)
 from storaged.leader import Leader
 from storaged.membership import ALIVE_TTL_S, Announcer
 from storaged.recovery import JoinedGroup

@@ -6,8 +6,9 @@ import trio
 from fakes.etcd import FakeEtcd, FakeServer
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState
 from sheepfs.core.errors import UnreachableError, UsageError, WrongClusterError
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.core.metadata import AliveRecord, Keys, NodeWish
+from sheepfs.core.metadata import AliveRecord, NodeWish
 from storaged.membership import Announcer, MapFollower, ensure_config, refuse_removed, register
 
 KEYS = Keys("test")

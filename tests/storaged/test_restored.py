@@ -17,8 +17,9 @@ from fakes.waiting import wait_until
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import DiskError, NoSpaceError, ProtocolError, SheepError, UsageError
 from sheepfs.core.geometry import data_object, format_oid, pg_of
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.core.metadata import Keys, LayerRecord, VdiRecord
+from sheepfs.core.metadata import LayerRecord, VdiRecord
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.metadata_transfer import accept, propose_acceptance
 from storaged.daemon import Daemon, Machine, Options

@@ -17,8 +17,9 @@ from fakes.static_cluster import PG_COUNT, StaticCluster, StaticNode, static_clu
 from fakes.waiting import wait_until
 from sheepfs.core.errors import RetryableError, UsageError
 from sheepfs.core.geometry import data_object, index_of, layer_of, make_layer, map_object, pg_of
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.core.metadata import Keys, LayerRecord, ScrubRecord, VdiRecord
+from sheepfs.core.metadata import LayerRecord, ScrubRecord, VdiRecord
 from sheepfs.core.wire import FLAG_FORWARD, Op
 from sheepfs.net.catalog import Catalog
 from storaged import agreement, scrub, selfcheck

@@ -6,8 +6,9 @@ import trio
 
 from fakes.etcd import FakeEtcd
 from fakes.waiting import wait_until
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, Put, Transaction
-from sheepfs.core.metadata import Keys, Record
+from sheepfs.core.metadata import Record
 from storaged.settings import Setting
 
 KEY = Keys("test").setting("pace")

@@ -12,8 +12,8 @@ import trio
 from trio.testing import MockClock
 
 from fakes.etcd import FakeEtcd
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.core.metadata import Keys
 from sheepfs.holding import LEASE_TTL_S, Holding
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.history import WentBackError
