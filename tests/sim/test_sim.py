@@ -10,13 +10,14 @@ from sim.planted import PLANTED
 from sim.running import SOAK, Seeds, simulate
 
 FINDERS = {
-    "acknowledge_early": 2,
+    "acknowledge_early": 12,
+    "skip_epoch_check": 16,
     "serve_before_caught_up": 1,
     "forget_dirty_marks": 1,
     "retry_failed_sync": 25,
-    "delete_strays_unconfirmed": 10,
-    "level_from_the_stale_side": 1,
-    "keep_links_to_the_voted_out": 10,
+    "delete_strays_unconfirmed": 16,
+    "level_from_the_stale_side": 2,
+    "keep_links_to_the_voted_out": 38,
 }
 """A seed from 0 to 199 that finds the bug, to begin with. Any change of the code moves them; the
 test then takes longer, and a run of `python -m sim 0-199 --bug NAME --first` gives the new one."""
@@ -37,9 +38,9 @@ def test_a_seed_is_one_run(tmp_path: Path) -> None:
     assert len(histories[0]) > 10_000
 
 
-@pytest.mark.parametrize("bug", PLANTED if SOAK else FINDERS)
+@pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found_within_200_seeds(bug: str) -> None:
-    first = 0 if SOAK else FINDERS.get(bug, 0)
+    first = 0 if SOAK else FINDERS[bug]
     seeds = [f"{first}-199", *([f"0-{first - 1}"] if first else [])]
     done = simulate(*seeds, "--bug", bug, "--first")
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
