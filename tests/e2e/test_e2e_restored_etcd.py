@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from e2e.cluster import Mounted
-from sheepfs.core.geometry import OBJECT_SIZE, serial_of
+from sheepfs.core.geometry import BLOCK_SIZE, OBJECT_SIZE, serial_of
 from sheepfs_tools.processes import ManagedProcess, wait_for
 from sheepfs_tools.sheepctl import main
 
@@ -50,6 +51,16 @@ class Disk:
         assert os.pwrite(self._fd, data, offset) == len(data)
         os.fsync(self._fd)
         self.content[offset : offset + len(data)] = data
+
+    def is_free(self) -> bool:
+        """Whether this mount may write, which it tells by writing what is there already."""
+        try:
+            os.pwrite(self._fd, self.content[:BLOCK_SIZE], 0)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
 
     def check(self) -> None:
         # Around the page cache: what the nodes have.
@@ -158,6 +169,7 @@ def test_an_etcd_restored_from_older_data_is_refused_until_it_is_accepted(
     new.close()
     again = Disk(mounted.path / "first.raw")
     again.content[:] = first.content
+    wait_for(again.is_free, 30, "the lock that came back with etcd's data to end")
     again.write(OBJECT_SIZE + 70, noise(10))
     again.check()
     again.close()
