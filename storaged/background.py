@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 import trio
@@ -17,12 +18,14 @@ _R = TypeVar("_R")
 NICENESS = 19
 MAX_THREADS = 8
 
-_threads = ThreadPoolExecutor(
-    MAX_THREADS,
-    "background",
-    # Linux: of this thread alone.
-    lambda: os.setpriority(os.PRIO_PROCESS, 0, NICENESS),
-)
+
+def _give_way() -> None:
+    """Lower the priority of this thread alone, as Linux has it; without the right to, go on."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
+
+
+_threads = ThreadPoolExecutor(MAX_THREADS, "background", _give_way)
 
 
 async def run_sync(work: Callable[..., _R], *args: object) -> _R:

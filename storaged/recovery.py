@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 PARALLEL_GROUPS = 4
 REPORT_BYTES = 256 << 20
 REPORT_EVERY_S = 3.0
-"""So much is pulled between two reports: groups that are done need not wait for the others."""
+"""So much is pulled, or so long it takes, between two reports: groups that are done need not wait
+for all others, and each report is a new map for everybody."""
 MARK_AT_ONCE = 64
 WAITING_RETRY_S = 1.0
 PAUSED = "paused"

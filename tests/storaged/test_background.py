@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import trio
@@ -41,3 +42,15 @@ async def test_errors_come_through_and_cancelling_waits_for_the_end() -> None:
         nursery.cancel_scope.cancel()
         go_on.set()
     assert ended == [True]
+
+
+async def test_where_no_priority_may_be_changed_the_work_is_done_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("setpriority")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    with ThreadPoolExecutor(1, initializer=background._give_way) as threads:
+        monkeypatch.setattr(background, "_threads", threads)
+        assert await background.run_sync(lambda: "done") == "done"
