@@ -17,7 +17,7 @@ from sheepfs.core.errors import RetryableError
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, format_oid
 from storaged.store.entry import OpenFile, StoredObject
 from storaged.store.format import META_SIZE, SUMS
-from storaged.store.parts import Parts
+from storaged.store.parts import OnParts
 
 _CHUNK = 256
 """Blocks read at once."""
@@ -45,15 +45,8 @@ class Checked(NamedTuple):
         return not (self.blocks or self.is_header_bad)
 
 
-class Checker:
+class Checker(OnParts):
     """Checks objects. Its methods block, and may be called from any thread."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._disk = parts.disk
-        self._health = parts.health
-        self._catalog = parts.catalog
-        self._files = parts.files
-        self._reader = parts.reader
 
     def check(self, oid: int) -> Checked:
         """See ObjectStore.check."""

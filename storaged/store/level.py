@@ -33,7 +33,7 @@ from storaged.store.format import (
     SourcesLostError,
     runs,
 )
-from storaged.store.parts import Parts
+from storaged.store.parts import OnParts, Parts
 from storaged.store.patch import UNKNOWN_SUM, Difference, Patch, nothing_but_damage
 from storaged.store.reader import MISSING, stretches
 from storaged.store.sharing import Sharing
@@ -86,7 +86,7 @@ class PatchJob:
                 self._disk.punch(fd, start * BLOCK_SIZE, length)
 
 
-class Leveller:
+class Leveller(OnParts):
     """Compares and patches objects; the caller lets nobody write to them meanwhile."""
 
     def __init__(
@@ -97,13 +97,7 @@ class Leveller:
         remove: Callable[[int], None],
     ) -> None:
         """`make(oid, pool, pg)` makes an empty object, `remove(oid)` removes one."""
-        self._disk = parts.disk
-        self._health = parts.health
-        self._catalog = parts.catalog
-        self._files = parts.files
-        self._reader = parts.reader
-        self._tracker = parts.tracker
-        self._space = parts.space
+        super().__init__(parts)
         self._sharing = sharing
         self._make = make
         self._remove = remove

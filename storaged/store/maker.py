@@ -16,22 +16,16 @@ from sheepfs.core.wire import Buffer
 from storaged.store.disk import Disk, make_directory, write_all
 from storaged.store.entry import OK, SUSPECT, OpenFile, StoredObject
 from storaged.store.format import EMPTY_TABLE, META_SIZE
-from storaged.store.parts import Parts
+from storaged.store.parts import OnParts, Parts
 from storaged.store.sharing import Copy, Sharing
 from storaged.store.writer import Writer
 
 
-class Maker:
+class Maker(OnParts):
     """Makes objects. Loop only; blocks for cold bases."""
 
     def __init__(self, parts: Parts, sharing: Sharing, writer: Writer) -> None:
-        self._disk = parts.disk
-        self._health = parts.health
-        self._catalog = parts.catalog
-        self._files = parts.files
-        self._tracker = parts.tracker
-        self._marks = parts.marks
-        self._space = parts.space
+        super().__init__(parts)
         self._sharing = sharing
         self._writer = writer
 

@@ -25,3 +25,17 @@ class Parts:
     tracker: FlushTracker
     marks: DirtyLog
     space: SpaceGuard
+
+
+class OnParts:
+    """What works on objects by means of these parts."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._disk = parts.disk
+        self._health = parts.health
+        self._catalog = parts.catalog
+        self._files = parts.files
+        self._reader = parts.reader
+        self._tracker = parts.tracker
+        self._marks = parts.marks
+        self._space = parts.space

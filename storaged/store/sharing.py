@@ -30,7 +30,7 @@ from sheepfs.core.wire import Buffer
 from storaged.store.disk import disk_error, write_all
 from storaged.store.entry import OpenFile, Overlay, StoredObject, sibling
 from storaged.store.format import EMPTY_TABLE, MAX_BASES, SUMS, Sources
-from storaged.store.parts import Parts
+from storaged.store.parts import OnParts, Parts
 from storaged.store.reader import stretches
 
 log = logging.getLogger(__name__)
@@ -53,17 +53,11 @@ class Copy(NamedTuple):
     own: list[tuple[int, Buffer]]
 
 
-class Sharing:
+class Sharing(OnParts):
     """Who inherits what. Its methods block; for which thread each is, it says."""
 
     def __init__(self, parts: Parts) -> None:
-        self._disk = parts.disk
-        self._health = parts.health
-        self._catalog = parts.catalog
-        self._files = parts.files
-        self._reader = parts.reader
-        self._tracker = parts.tracker
-        self._marks = parts.marks
+        super().__init__(parts)
         # The loop unshares what a thread is about to when it cannot wait for that.
         self._lock = threading.Lock()
 

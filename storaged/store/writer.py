@@ -21,24 +21,18 @@ from sheepfs.core.wire import Buffer
 from storaged.store.disk import disk_error, write_all
 from storaged.store.entry import SUSPECT, OpenFile, Overlay, StoredObject
 from storaged.store.format import SUMS, block_sum, block_sums
-from storaged.store.parts import Parts
+from storaged.store.parts import OnParts, Parts
 from storaged.store.sharing import Sharing
 
 log = logging.getLogger(__name__)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Writer:
+class Writer(OnParts):
     """Changes objects. Loop only; no method blocks but for cold headers and cold edges."""
 
     def __init__(self, parts: Parts, sharing: Sharing) -> None:
-        self._disk = parts.disk
-        self._health = parts.health
-        self._catalog = parts.catalog
-        self._files = parts.files
-        self._reader = parts.reader
-        self._tracker = parts.tracker
-        self._space = parts.space
+        super().__init__(parts)
         self._sharing = sharing
 
     def write(self, oid: int, offset: int, data: Buffer, version: int) -> None:
