@@ -14,9 +14,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from sheepfs_tools.bench import lay_out
@@ -26,6 +28,7 @@ from sheepfs_tools.sizes import format_size, parse_size
 
 PATIENCE_S = 3600.0
 LOOK_EVERY_S = 0.5
+NO_ANSWER_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,54 @@ class Copied:
         return self.bytes / 1e6 / self.seconds
 
 
+class Observer:
+    """One program that shows the cluster's status again and again, from before the first figure.
+
+    A program for each look kept one of two processors half busy, and made most of what it measured.
+    """
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._process = cluster.start_sheepctl(
+            "cluster", "status", "--json", "--watch", str(LOOK_EVERY_S)
+        )
+        self._lines: SimpleQueue[str] = SimpleQueue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+
+    def next(self) -> dict[str, Any]:
+        """Wait for the next look."""
+        try:
+            line = self._lines.get(timeout=NO_ANSWER_S)
+        except Empty:
+            raise StartError(f"no status of the cluster within {NO_ANSWER_S:g} s") from None
+        if not line:
+            raise StartError("the program that shows the cluster's status has ended")
+        status: dict[str, Any] = json.loads(line)
+        return status
+
+    def skip(self) -> dict[str, Any]:
+        """Let go of what has not been read, and wait for a look that begins after this."""
+        for _ in range(self._lines.qsize() + 1):
+            self.next()
+        return self.next()
+
+    def close(self) -> None:
+        """End the program."""
+        self._process.kill()
+        self._reader.join()
+        self._process.communicate()
+
+
 class Bench:
     """A cluster with one VDI."""
+
+    observer: Observer
 
     def __init__(self, directory: Path, nodes: int, size_bytes: int, iops: int) -> None:
         self.cluster = LocalCluster(directory / "data", nodes)
@@ -67,6 +116,7 @@ class Bench:
         self._file = self._mount / "bench.raw"
         wait_for(self._file.exists, 10, "the VDI's file")
         lay_out(self._file, self._size)
+        self.observer = Observer(self.cluster)
 
     def lose(self, number: int) -> None:
         """Kill a node, for long enough to be noticed, not to be given up."""
@@ -74,22 +124,22 @@ class Bench:
         self.cluster.nodes[number].kill()
         wait_for(lambda: self._state(number) == "down", 30, f"node {number} to be missed")
 
-    def recover(self) -> Copied:
-        """Give the lost node up, and wait until all copies are there again."""
-        before, began = self._pulled(), 0.0
+    def give_up(self) -> None:
+        """Let the lost node's share be copied, in a second from now."""
         self.cluster.sheepctl("cluster", "recovery", "--out-after", "1s")
+
+    def recovered(self) -> Copied:
+        """Wait until all copies are there again."""
+        status = self.observer.skip()
+        before, began = _pulled(status), 0.0
         deadline = time.monotonic() + PATIENCE_S
-        while True:
-            status = self._status()
-            moved = self._pulled(status)
-            if moved > before and not began:
-                began, before = time.monotonic(), moved
-            if began and all(p["whole"] == p["groups"] for p in status["pools"]):
-                return Copied(moved - before, time.monotonic() - began)
+        while not (began and all(p["whole"] == p["groups"] for p in status["pools"])):
             if time.monotonic() > deadline:
                 raise StartError("recovery does not end")
-            # Each look is a program of its own: often enough, and next to nothing of a processor.
-            time.sleep(LOOK_EVERY_S)
+            status = self.observer.next()
+            if not began and _pulled(status) > before:
+                began, before = time.monotonic(), _pulled(status)
+        return Copied(_pulled(status) - before, time.monotonic() - began)
 
     def load(self, seconds: float) -> subprocess.Popen[str]:
         """Start fio: 4 KiB random reads and writes, at a steady rate."""
@@ -105,19 +155,20 @@ class Bench:
             text=True,
         )
 
-    def _status(self) -> dict[str, Any]:
-        done = self.cluster.sheepctl("cluster", "status", "--json", check=False)
-        status: dict[str, Any] = json.loads(done.stdout)
-        return status
-
     def _state(self, number: int) -> str:
         port = f":{self.cluster.ports[f'node{number}']}"
-        rows = self._status()["nodes"]
+        rows = self.observer.skip()["nodes"]
         return str(next(row["state"] for row in rows if row["address"].endswith(port)))
 
-    def _pulled(self, status: dict[str, Any] | None = None) -> int:
-        rows = (status or self._status())["nodes"]
-        return sum(row["pulled_bytes"] or 0 for row in rows)
+    def close(self) -> None:
+        """End everything."""
+        if hasattr(self, "observer"):
+            self.observer.close()
+        self.cluster.destroy()
+
+
+def _pulled(status: dict[str, Any]) -> int:
+    return sum(row["pulled_bytes"] or 0 for row in status["nodes"])
 
 
 def latencies(fio: subprocess.Popen[str]) -> dict[str, Latency]:
@@ -141,14 +192,16 @@ def measure(bench: Bench, nodes: int, quiet_s: float, say: Any) -> dict[str, Any
     bench.prepare()
     say("a node is lost, no clients")
     bench.lose(nodes)
-    idle = bench.recover()
+    bench.give_up()
+    idle = bench.recovered()
     say(f"{idle.mb_per_s:,.0f} MB/s; now clients, without recovery")
     quiet = latencies(bench.load(quiet_s))
     say("another node is lost, with clients")
     bench.lose(nodes - 1)
+    bench.give_up()
     fio = bench.load(PATIENCE_S)
     try:
-        beside = bench.recover()
+        beside = bench.recovered()
         fio.send_signal(signal.SIGINT)
         during = latencies(fio)
     finally:
@@ -215,7 +268,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        bench.cluster.destroy()
+        bench.close()
         shutil.rmtree(directory, ignore_errors=True)
     print(json.dumps(results, indent=1) if arguments.json else table(results))
     return 0

@@ -210,10 +210,7 @@ class LocalCluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run `sheepctl` on this cluster; its output is captured."""
         done = subprocess.run(
-            [
-                *self.enter("sheepctl"),
-                *(sys.executable, "-m", "sheepfs_tools.sheepctl", *self.options, *arguments),
-            ],
+            self._sheepctl(*arguments),
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -222,6 +219,14 @@ class LocalCluster:
         if check and done.returncode != 0:
             raise StartError(f"sheepctl {' '.join(arguments)}: {done.stderr.strip()}")
         return done
+
+    def start_sheepctl(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `sheepctl` on this cluster; the caller reads its output and ends it."""
+        return subprocess.Popen(self._sheepctl(*arguments), stdout=subprocess.PIPE, text=True)
+
+    def _sheepctl(self, *arguments: str) -> list[str]:
+        program = (sys.executable, "-m", "sheepfs_tools.sheepctl")
+        return [*self.enter("sheepctl"), *program, *self.options, *arguments]
 
     @contextmanager
     def lock(self) -> Iterator[None]:
