@@ -32,11 +32,11 @@ from sheepfs.logs import fields
 from sheepfs.net.link import Link
 from storaged import background
 from storaged.comparing import decode_layout
-from storaged.pacing import cost
+from storaged.pacing import PIECE, cost
 from storaged.replica import Replica
 from storaged.store.entry import sibling
 from storaged.store.format import EMPTY_TABLE
-from storaged.store.patch import Patch, make_patch
+from storaged.store.patch import PatchBuilder
 
 log = logging.getLogger(__name__)
 
@@ -181,13 +181,15 @@ class Pulling:
             inherited = await self._inherit(link, oid, pool, pg)
         hashes = await self._hashes(oid)
         try:
-            found = await self._ask(link, oid, pool, pg, hashes, flags)
+            header, body = await self._ask(link, oid, pool, pg, hashes, flags)
         except ObjectNotFoundError:
             if inherited:
                 store.delete(oid)  # It never was an object.
             await self._not_there(oid, pool, pg)
             raise
-        await self._apply(link.node, oid, pool, pg, hashes, [found], exact)
+        builder = PatchBuilder(hashes)
+        await trio.to_thread.run_sync(builder.add, body)
+        await self._apply(link.node, oid, pool, pg, header, builder, exact)
 
     async def _not_there(self, oid: int, pool: int, pg: int) -> None:
         """A sync member does not have a held object: it is out of the way, if it is here."""
@@ -218,7 +220,8 @@ class Pulling:
                 replica.release(oid)
         before = store.get(oid)
         hashes = await self._hashes(oid, quietly=True)
-        pieces: list[tuple[Header, bytes]] = []
+        builder = PatchBuilder(hashes)
+        known: Header | None = None
         size = pacer.piece_bytes
         for offset in range(0, OBJECT_SIZE, size):
             try:
@@ -233,15 +236,20 @@ class Pulling:
                 finally:
                     replica.release(oid)
                 raise
-            pieces.append((header, body))
-            if (header.version, header.span) != (pieces[0][0].version, pieces[0][0].span):
+            known = known or header
+            if (header.version, header.span) != (known.version, known.span):
                 return False
+            if size <= PIECE:
+                builder.add(body)
+            else:
+                await background.run_sync(builder.add, body)
+        assert known is not None
         await replica.take(oid)
         try:
             current = replica.map.pools[pool][pg]
             if store.get(oid) is not before or current.changed != group.changed:
                 return False
-            await self._apply(link.node, oid, pool, pg, hashes, pieces, False, quietly=True)
+            await self._apply(link.node, oid, pool, pg, known, builder, False, quietly=True)
         finally:
             replica.release(oid)
         return True
@@ -299,14 +307,14 @@ class Pulling:
         oid: int,
         pool: int,
         pg: int,
-        hashes: bytes,
-        pieces: list[tuple[Header, bytes]],
+        header: Header,
+        builder: PatchBuilder,
         exact: bool,
         quietly: bool = False,
     ) -> None:
-        """Patch a held object with what a source said to differ from `hashes`."""
+        """Patch a held object with what a source said to differ in its version of it."""
         replica, store = self._replica, self._replica.store
-        version, lineage = pieces[0][0].version, pieces[0][0].span
+        version, lineage = header.version, header.span
         own = store.get(oid)
         trusted = own is not None and not own.suspect and self._is_trusted(oid, pool, pg)
         if own is not None and trusted and version < own.version and not exact:
@@ -315,8 +323,7 @@ class Pulling:
         if version < replica.level_of(pool, pg).missed.get(oid, 0) and not exact:
             raise RecoveringError(f"node {source} lacks a change of {describe_oid(oid)}")
 
-        bodies = [body for _, body in pieces]
-        patch: Patch = await _in_thread(quietly)(make_patch, hashes, version, lineage, bodies)
+        patch = builder.patch(version, lineage)
         if not store.is_marked(oid):
             await trio.to_thread.run_sync(store.mark, [oid])
         job = store.begin_patch(oid, patch, pool=pool, pg=pg)
@@ -328,7 +335,7 @@ class Pulling:
         store.end_patch(job)
         replica.level_of(pool, pg).bring(oid)
         replica.counters.pulled_objects += 1
-        replica.counters.pulled_bytes += len(patch.data)
+        replica.counters.pulled_bytes += patch.size
         if own is not None and trusted:
             replica.counters.repaired_blocks += len(patch.differs)
 

@@ -126,20 +126,22 @@ class Bench:
 
     def give_up(self) -> None:
         """Let the lost node's share be copied, in a second from now."""
+        self._before = _pulled(self.observer.skip())
         self.cluster.sheepctl("cluster", "recovery", "--out-after", "1s")
 
     def recovered(self) -> Copied:
-        """Wait until all copies are there again."""
-        status = self.observer.skip()
-        before, began = _pulled(status), 0.0
-        deadline = time.monotonic() + PATIENCE_S
-        while not (began and all(p["whole"] == p["groups"] for p in status["pools"])):
-            if time.monotonic() > deadline:
+        """Wait until all copies are there again; timed from the last look that saw nothing move."""
+        began = time.monotonic()
+        deadline = began + PATIENCE_S
+        while True:
+            status, now = self.observer.next(), time.monotonic()
+            moved = _pulled(status) - self._before
+            if not moved:
+                began = now
+            elif all(p["whole"] == p["groups"] for p in status["pools"]):
+                return Copied(moved, now - began)
+            if now > deadline:
                 raise StartError("recovery does not end")
-            status = self.observer.next()
-            if not began and _pulled(status) > before:
-                began, before = time.monotonic(), _pulled(status)
-        return Copied(_pulled(status) - before, time.monotonic() - began)
 
     def load(self, seconds: float) -> subprocess.Popen[str]:
         """Start fio: 4 KiB random reads and writes, at a steady rate."""

@@ -35,7 +35,7 @@ from storaged.store.format import (
 )
 from storaged.store.parts import OnParts, Parts
 from storaged.store.patch import UNKNOWN_SUM, Difference, Patch, nothing_but_damage
-from storaged.store.reader import MISSING, stretches
+from storaged.store.reader import MISSING
 from storaged.store.sharing import Sharing
 
 log = logging.getLogger(__name__)
@@ -65,25 +65,19 @@ class PatchJob:
             pause_s: rest for so long after each 128 KiB: new pages cost the kernel milliseconds.
         """
         try:
-            self._write(_ALL.unpack(self.patch.table), pause_s)
+            self._write(pause_s)
         except OSError as error:
             self.error = error
 
-    def _write(self, sums: Sequence[int], pause_s: float) -> None:
-        fd, differs = self.file.fd, self.patch.differs
-        changed = [(1 + (not sums[i])) * (i in differs) for i in range(BLOCKS_PER_OBJECT)]
-        position = 0
-        for start, end, kind in stretches(changed):
-            length = (end - start) * BLOCK_SIZE
-            if kind == 1:
-                piece = self.patch.data[position : position + length]
-                for at in range(0, length, _PIECE):
-                    write_all(self._disk, fd, piece[at : at + _PIECE], start * BLOCK_SIZE + at)
-                    if pause_s:
-                        time.sleep(pause_s)
-                position += length
-            elif kind == 2:
-                self._disk.punch(fd, start * BLOCK_SIZE, length)
+    def _write(self, pause_s: float) -> None:
+        for start, data in self.patch.writes:
+            for at in range(0, len(data), _PIECE):
+                piece = data[at : at + _PIECE]
+                write_all(self._disk, self.file.fd, piece, start * BLOCK_SIZE + at)
+                if pause_s:
+                    time.sleep(pause_s)
+        for start, end in self.patch.holes:
+            self._disk.punch(self.file.fd, start * BLOCK_SIZE, (end - start) * BLOCK_SIZE)
 
 
 class Leveller(OnParts):
@@ -153,30 +147,30 @@ class Leveller(OnParts):
             file = entry.file or self._files.acquire(entry)
             sequence = file.sequence
             version, lineage = entry.version, entry.lineage
-            mine = _ALL.unpack_from(file.table)
-            theirs = _ALL.unpack(digests)
-            differs = [i for i in range(first, end) if mine[i] != theirs[i]]
-            wanted = [0] * BLOCKS_PER_OBJECT
-            for i in differs:
-                wanted[i] = mine[i]
+            sums = SUMS[end - first]
+            mine = sums.unpack_from(file.table, first * 8)
+            theirs = sums.unpack_from(digests, first * 8)
+            differs = [i for i, a, b in zip(range(first, end), mine, theirs, strict=True) if a != b]
+            wanted = [a if a != b else 0 for a, b in zip(mine, theirs, strict=True)]
             blocks: list[Buffer] = []
             damaged: dict[int, int] = {}
-            for start, stop, is_data in runs(wanted):
+            for at, stop, is_data in runs(wanted):
                 if not is_data:
                     continue
+                start = first + at
                 try:
-                    blocks += self._reader.read_blocks(entry, start, stop - start)
+                    blocks += self._reader.read_blocks(entry, start, stop - at)
                 except CorruptError:
                     if not salvage:
                         raise
-                    for i in range(start, stop):
+                    for i in range(start, first + stop):
                         try:
                             blocks += self._reader.read_blocks(entry, i, 1)
                         except CorruptError:
-                            damaged[i] = mine[i]
+                            damaged[i] = mine[i - first]
             if self._reader.settled(entry, file, sequence):
-                good = [i for i in differs if i not in damaged]
-                zeros = [i for i in good if not mine[i]]
+                good = [i for i in differs if i not in damaged] if damaged else differs
+                zeros = [i for i in good if not mine[i - first]]
                 return Difference(version, lineage, good, zeros, damaged, blocks)
         raise RetryableError(f"object {format_oid(oid)} changes too fast to be compared")
 
@@ -190,7 +184,7 @@ class Leveller(OnParts):
         """
         self._health.check()
         entry = self._catalog.objects.get(oid)
-        self._space.check(len(patch.data) + META_SIZE)
+        self._space.check(patch.size + META_SIZE)
         # First of all: an object that is not marked is refused untouched, and only an unclean
         # one's file stays open while a thread makes room for another.
         is_new = entry is None

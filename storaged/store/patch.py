@@ -50,9 +50,12 @@ class Difference(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """A checked difference, ready to be applied: the table to come and the blocks' new data.
+    """A checked difference, ready to be applied: the table to come and what to write.
 
     Attributes:
+        differs: all blocks that change.
+        writes: (first block, data of whole blocks), ascending.
+        holes: (first block, end) of what becomes zeros.
         damaged: some blocks had no good copy at the source, and have none after this.
     """
 
@@ -60,8 +63,14 @@ class Patch(NamedTuple):
     lineage: int
     table: bytes
     differs: frozenset[int]
-    data: memoryview
+    writes: Sequence[tuple[int, memoryview]]
+    holes: Sequence[tuple[int, int]]
     damaged: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes to write."""
+        return sum(len(data) for _, data in self.writes)
 
 
 def nothing_but_damage(version: int, lineage: int, first: int, end: int) -> Difference:
@@ -69,43 +78,79 @@ def nothing_but_damage(version: int, lineage: int, first: int, end: int) -> Diff
     return Difference(version, lineage, (), (), dict.fromkeys(range(first, end), UNKNOWN_SUM), ())
 
 
-def make_patch(digests: bytes, version: int, lineage: int, pieces: Sequence[Buffer]) -> Patch:
-    """Check what a source answered and compute the table to come. Hashes; meant for a thread.
+class PatchBuilder:
+    """Checks what a source answers, piece by piece, and computes the patch.
 
     Args:
         digests: checksums of the blocks that the copy has.
-        pieces: payloads of replies to PULL, of ranges that follow each other.
-
-    Raises:
-        ProtocolError: a piece does not fit itself or the others.
-        CorruptError: a block of zeros is said to be none.
     """
-    sums = list(_ALL.unpack(digests))
-    changed: list[int] = []
-    filled: list[int] = []
-    damaged: set[int] = set()
-    data: list[memoryview] = []
-    for piece in pieces:
+
+    def __init__(self, digests: bytes) -> None:
+        self._sums = list(_ALL.unpack(digests))
+        self._changed: list[int] = []
+        self._damaged: set[int] = set()
+        self._writes: list[tuple[int, memoryview]] = []
+        self._holes: list[tuple[int, int]] = []
+
+    def add(self, piece: Buffer) -> None:
+        """Take the payload of a reply to PULL. Hashes: 20 us for each 256 KiB.
+
+        Raises:
+            ProtocolError: it does not fit itself or those before.
+            CorruptError: a block of zeros is said to be none.
+        """
         found = _decode(piece)
+        changed, sums = self._changed, self._sums
         if changed and found.differs and found.differs[0] <= changed[-1]:
             raise ProtocolError("pieces of a patch in the wrong order")
         changed += found.differs
-        zeros = set(found.zero)
-        filled += [i for i in found.differs if i not in zeros]
-        for i in zeros:
+        for i in found.zero:
             sums[i] = 0
         for i, value in found.damaged.items():
             sums[i] = value
-        damaged.update(found.damaged)
-        data += map(memoryview, found.blocks)
-    if not damaged.isdisjoint(changed):
-        raise ProtocolError("a patch with a block that is both sent and damaged")
-    view = data[0] if len(data) == 1 else memoryview(b"".join(data))
-    for i, value in zip(filled, block_sums(view), strict=True):
-        if not value:
-            raise CorruptError("a patch with a block of zeros that is not said to be one")
-        sums[i] = value
-    return Patch(version, lineage, _ALL.pack(*sums), frozenset(changed), view, bool(damaged))
+        self._damaged.update(found.damaged)
+        zeros = set(found.zero)
+        filled = [i for i in found.differs if i not in zeros] if zeros else found.differs
+        data = memoryview(found.blocks[0])
+        for i, value in zip(filled, block_sums(data), strict=True):
+            if not value:
+                raise CorruptError("a patch with a block of zeros that is not said to be one")
+            sums[i] = value
+        position = 0
+        for start, end in _stretches(filled):
+            length = (end - start) * BLOCK_SIZE
+            self._writes.append((start, data[position : position + length]))
+            position += length
+        self._holes += _stretches(found.zero)
+
+    def patch(self, version: int, lineage: int) -> Patch:
+        """Give the patch, which makes a copy of that version (ProtocolError)."""
+        if not self._damaged.isdisjoint(self._changed):
+            raise ProtocolError("a patch with a block that is both sent and damaged")
+        return Patch(
+            version,
+            lineage,
+            _ALL.pack(*self._sums),
+            frozenset(self._changed),
+            self._writes,
+            self._holes,
+            bool(self._damaged),
+        )
+
+
+def _stretches(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Give (first, end) of the runs of numbers that follow each other."""
+    found: list[tuple[int, int]] = []
+    start = previous = -1
+    for number in numbers:
+        if number != previous + 1 or start < 0:
+            if start >= 0:
+                found.append((start, previous + 1))
+            start = number
+        previous = number
+    if start >= 0:
+        found.append((start, previous + 1))
+    return found
 
 
 def _decode(piece: Buffer) -> Difference:
@@ -129,4 +174,7 @@ def _decode(piece: Buffer) -> Difference:
 
 def bitmap(numbers: Iterable[int]) -> bytes:
     """Give 128 bytes with the bits of these blocks set (the inverse of `blocks_in`)."""
-    return sum(1 << i for i in numbers).to_bytes(BITMAP_SIZE, "little")
+    bits = bytearray(BITMAP_SIZE)
+    for i in numbers:
+        bits[i >> 3] |= 1 << (i & 7)
+    return bytes(bits)

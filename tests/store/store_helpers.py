@@ -8,7 +8,7 @@ from typing import Any
 
 from storaged.store.disk import Disk
 from storaged.store.objects import ObjectStore
-from storaged.store.patch import Patch, make_patch
+from storaged.store.patch import Patch, PatchBuilder
 
 CLUSTER = "c0ffee"
 _versions = itertools.count(1)
@@ -54,7 +54,9 @@ def level(store: ObjectStore, source: int, target: int, version: int, pg: int = 
     """Make one object equal to another of the same store, as if that were a peer's."""
     digests = store.digests(target)
     found = store.difference(source, digests)
-    patch = make_patch(digests, version, found.lineage, [found.encode()])
+    builder = PatchBuilder(digests)
+    builder.add(found.encode())
+    patch = builder.patch(version, found.lineage)
     store.mark([target])
     store.patch(target, patch, pool=3, pg=pg)
     return patch

@@ -21,7 +21,7 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import OBJECT_SIZE, data_object
 from storaged.store.objects import ObjectStore
-from storaged.store.patch import make_patch
+from storaged.store.patch import PatchBuilder
 
 _DATA = random.Random(5).randbytes(1 << 20)
 A = data_object(7, 0)
@@ -223,7 +223,9 @@ def test_a_patch_of_an_unmarked_object_changes_nothing(store: ObjectStore) -> No
     put(store, B, 0, _DATA[4096:8192], create=True)
     digests = store.digests(A)
     found = store.difference(B, digests)
-    patch = make_patch(digests, 9, 0, [found.encode()])
+    builder = PatchBuilder(digests)
+    builder.add(found.encode())
+    patch = builder.patch(9, 0)
     flush(store)
     store.trim_marks()
     with pytest.raises(RetryableError):

@@ -251,7 +251,7 @@ def test_a_copy_with_a_damaged_table_keeps_its_blocks_when_the_base_goes(
     with pytest.raises(CorruptError):
         get(store, B)
     put(store, C, 0, b"x" + _DATA[1:], create=True)
-    assert len(level(store, C, B, 9).data) == 0, "all that it inherited is still there"
+    assert level(store, C, B, 9).size == 0, "all that it inherited is still there"
 
 
 def test_a_bad_block_of_a_base_is_bad_in_its_copies(disk: FaultyDisk, store: ObjectStore) -> None:
@@ -356,7 +356,7 @@ def test_what_a_peer_shares_is_shared_here(store: ObjectStore) -> None:
     entry = store.get(D)
     assert entry is not None
     assert (entry.version, entry.suspect, entry.info().allocated) == (0, True, 0)
-    assert len(level(store, E, D, 9, pg=A % 4).data) == _BLOCK
+    assert level(store, E, D, 9, pg=A % 4).size == _BLOCK
     assert get(store, D, 0, len(_DATA)) == get(store, C, 0, len(_DATA))
     assert _allocated(store, D) == _BLOCK
 
