@@ -47,6 +47,8 @@ PATIENCE_S = 2.0
 WITNESS_EVERY_S = 0.002
 PAUSE_S = 0.0005
 """Between two pieces of a copy that no client waits for."""
+FINAL_TRIES = 4
+"""How often what changed while an object was fetched is asked for, before it is held for that."""
 YIELD_S = 0.05
 YIELD_PATIENCE_S = 10.0
 """How often, and how long, a source that yields to clients is asked for the same piece."""
@@ -202,13 +204,15 @@ class Pulling:
     async def fetch(self, oid: int, pool: int, pg: int) -> bool:
         """Pull an object that no client waits for, in pieces at their pace, held at the end only.
 
+        Pieces may be of different versions: then what changed meanwhile is asked for as one more.
+
         Returns:
-            False if it was changed meanwhile, here or there, so that the pieces do not fit.
+            False if it is changed faster than it can be fetched, or its group changed.
 
         Raises:
             SheepError: the source could not give it now.
         """
-        replica, store, pacer = self._replica, self._replica.store, self._replica.pacer
+        replica, store = self._replica, self._replica.store
         group = replica.map.pools[pool][pg]
         link = self._source(group)
         inherited = False
@@ -221,38 +225,46 @@ class Pulling:
         before = store.get(oid)
         hashes = await self._hashes(oid, quietly=True)
         builder = PatchBuilder(hashes)
-        known: Header | None = None
-        size = pacer.piece_bytes
-        for offset in range(0, OBJECT_SIZE, size):
-            try:
-                header, body = await self._ask_in_turn(link, oid, pool, pg, hashes, offset, size)
-            except ObjectNotFoundError:
+        try:
+            header, is_whole = await self._gather(link, oid, pool, pg, hashes, builder)
+            for _ in range(FINAL_TRIES):
+                if not is_whole:
+                    header, body = await self._ask(link, oid, pool, pg, builder.digests)
+                    await _add(builder, body)
                 await replica.take(oid)
                 try:
-                    if inherited and store.get(oid) is before:
-                        store.delete(oid)  # It never was an object.
-                    if oid not in replica.fresh_of(pool, pg):
-                        await self._not_there(oid, pool, pg)
+                    current = replica.map.pools[pool][pg]
+                    if store.get(oid) is not before or current.changed != group.changed:
+                        return False
+                    is_whole = header.version >= replica.level_of(pool, pg).missed.get(oid, 0)
+                    if is_whole:
+                        await self._apply(link.node, oid, pool, pg, header, builder, False, True)
+                        return True
                 finally:
                     replica.release(oid)
-                raise
-            known = known or header
-            if (header.version, header.span) != (known.version, known.span):
-                return False
-            if size <= PIECE:
-                builder.add(body)
-            else:
-                await background.run_sync(builder.add, body)
-        assert known is not None
-        await replica.take(oid)
-        try:
-            current = replica.map.pools[pool][pg]
-            if store.get(oid) is not before or current.changed != group.changed:
-                return False
-            await self._apply(link.node, oid, pool, pg, known, builder, False, quietly=True)
-        finally:
-            replica.release(oid)
-        return True
+        except ObjectNotFoundError:
+            await replica.take(oid)
+            try:
+                if inherited and store.get(oid) is before:
+                    store.delete(oid)  # It never was an object.
+                if oid not in replica.fresh_of(pool, pg):
+                    await self._not_there(oid, pool, pg)
+            finally:
+                replica.release(oid)
+            raise
+        return False
+
+    async def _gather(
+        self, link: Link, oid: int, pool: int, pg: int, hashes: bytes, builder: PatchBuilder
+    ) -> tuple[Header, bool]:
+        """Ask for all pieces of an object; give the last's header and whether all are of one."""
+        size = self._replica.pacer.piece_bytes
+        versions = set()
+        for offset in range(0, OBJECT_SIZE, size):
+            header, body = await self._ask_in_turn(link, oid, pool, pg, hashes, offset, size)
+            versions.add((header.version, header.span))
+            await _add(builder, body)
+        return header, len(versions) == 1
 
     async def _ask_in_turn(
         self, link: Link, oid: int, pool: int, pg: int, hashes: bytes, offset: int, size: int
@@ -372,6 +384,14 @@ class Pulling:
     def _is_trusted(self, oid: int, pool: int, pg: int) -> bool:
         group = self._replica.map.pools[pool][pg]
         return self._replica.node in group.sync or oid in self._replica.fresh_of(pool, pg)
+
+
+async def _add(builder: PatchBuilder, body: bytes) -> None:
+    """Add a piece: a small one here, as a thread would take longer."""
+    if len(body) <= 2 * PIECE:
+        builder.add(body)
+    else:
+        await background.run_sync(builder.add, body)
 
 
 def _in_thread(quietly: bool) -> Callable[..., Awaitable[Any]]:

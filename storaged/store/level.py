@@ -70,14 +70,15 @@ class PatchJob:
             self.error = error
 
     def _write(self, pause_s: float) -> None:
-        for start, data in self.patch.writes:
+        for start, end, data in self.patch.steps:
+            if data is None:
+                self._disk.punch(self.file.fd, start * BLOCK_SIZE, (end - start) * BLOCK_SIZE)
+                continue
             for at in range(0, len(data), _PIECE):
                 piece = data[at : at + _PIECE]
                 write_all(self._disk, self.file.fd, piece, start * BLOCK_SIZE + at)
                 if pause_s:
                     time.sleep(pause_s)
-        for start, end in self.patch.holes:
-            self._disk.punch(self.file.fd, start * BLOCK_SIZE, (end - start) * BLOCK_SIZE)
 
 
 class Leveller(OnParts):

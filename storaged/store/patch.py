@@ -54,8 +54,7 @@ class Patch(NamedTuple):
 
     Attributes:
         differs: all blocks that change.
-        writes: (first block, data of whole blocks), ascending.
-        holes: (first block, end) of what becomes zeros.
+        steps: what to do, in this order: (first block, end, their data or None for a hole).
         damaged: some blocks had no good copy at the source, and have none after this.
     """
 
@@ -63,14 +62,13 @@ class Patch(NamedTuple):
     lineage: int
     table: bytes
     differs: frozenset[int]
-    writes: Sequence[tuple[int, memoryview]]
-    holes: Sequence[tuple[int, int]]
+    steps: Sequence[tuple[int, int, memoryview | None]]
     damaged: bool
 
     @property
     def size(self) -> int:
         """Bytes to write."""
-        return sum(len(data) for _, data in self.writes)
+        return sum(len(data) for _, _, data in self.steps if data is not None)
 
 
 def nothing_but_damage(version: int, lineage: int, first: int, end: int) -> Difference:
@@ -81,16 +79,22 @@ def nothing_but_damage(version: int, lineage: int, first: int, end: int) -> Diff
 class PatchBuilder:
     """Checks what a source answers, piece by piece, and computes the patch.
 
+    A later piece replaces what an earlier one said of the same blocks.
+
     Args:
         digests: checksums of the blocks that the copy has.
     """
 
     def __init__(self, digests: bytes) -> None:
         self._sums = list(_ALL.unpack(digests))
-        self._changed: list[int] = []
+        self._changed: set[int] = set()
         self._damaged: set[int] = set()
-        self._writes: list[tuple[int, memoryview]] = []
-        self._holes: list[tuple[int, int]] = []
+        self._steps: list[tuple[int, int, memoryview | None]] = []
+
+    @property
+    def digests(self) -> bytes:
+        """Checksums of the blocks that the copy will have."""
+        return _ALL.pack(*self._sums)
 
     def add(self, piece: Buffer) -> None:
         """Take the payload of a reply to PULL. Hashes: 20 us for each 256 KiB.
@@ -100,14 +104,13 @@ class PatchBuilder:
             CorruptError: a block of zeros is said to be none.
         """
         found = _decode(piece)
-        changed, sums = self._changed, self._sums
-        if changed and found.differs and found.differs[0] <= changed[-1]:
-            raise ProtocolError("pieces of a patch in the wrong order")
-        changed += found.differs
+        sums = self._sums
+        self._changed.update(found.differs)
         for i in found.zero:
             sums[i] = 0
         for i, value in found.damaged.items():
             sums[i] = value
+        self._damaged.difference_update(found.differs)
         self._damaged.update(found.damaged)
         zeros = set(found.zero)
         filled = [i for i in found.differs if i not in zeros] if zeros else found.differs
@@ -119,21 +122,18 @@ class PatchBuilder:
         position = 0
         for start, end in _stretches(filled):
             length = (end - start) * BLOCK_SIZE
-            self._writes.append((start, data[position : position + length]))
+            self._steps.append((start, end, data[position : position + length]))
             position += length
-        self._holes += _stretches(found.zero)
+        self._steps += [(start, end, None) for start, end in _stretches(found.zero)]
 
     def patch(self, version: int, lineage: int) -> Patch:
-        """Give the patch, which makes a copy of that version (ProtocolError)."""
-        if not self._damaged.isdisjoint(self._changed):
-            raise ProtocolError("a patch with a block that is both sent and damaged")
+        """Give the patch, which makes a copy of that version."""
         return Patch(
             version,
             lineage,
-            _ALL.pack(*self._sums),
+            self.digests,
             frozenset(self._changed),
-            self._writes,
-            self._holes,
+            self._steps,
             bool(self._damaged),
         )
 
@@ -168,6 +168,8 @@ def _decode(piece: Buffer) -> Difference:
     sums = SUMS[len(damaged)].unpack_from(view, _BITMAPS_SIZE)
     if 0 in sums:
         raise ProtocolError("a patch with a damaged block of zeros")
+    if not set(damaged).isdisjoint(differs):
+        raise ProtocolError("a patch with a block that is both sent and damaged")
     named = dict(zip(damaged, sums, strict=True))
     return Difference(0, 0, differs, zero, named, [view[start:]])
 
