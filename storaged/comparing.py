@@ -117,12 +117,22 @@ class Comparing(Copies):
         if entry.suspect and not (salvage and entry.state == CORRUPT):
             self._when_trusted(client, header, payload)
             return
-        if header.flags & FLAG_YIELD and not self.pacer.may_serve(header.span):
-            raise Refusal(Status.BUSY, "clients come first")
-        if not header.flags & FLAG_YIELD:
-            # Whoever yields asks for a piece again when it was changed: clients' changes go on.
-            self.hold(header.oid)
+        if header.flags & FLAG_YIELD:
+            # Whoever yields asks again for what was changed meanwhile: clients' changes go on.
+            self._nursery.start_soon(self._export_in_turn, client, header, bytes(payload))
+            return
+        self.hold(header.oid)
         self._nursery.start_soon(self._export, client, header, bytes(payload))
+
+    async def _export_in_turn(self, client: Client, header: Header, hashes: bytes) -> None:
+        try:
+            if not await self.pacer.turn_to_serve(header.span):
+                raise Refusal(Status.BUSY, "clients come first")
+            self.gate.check_sync(header)
+        except Refusal as refusal:
+            self._refuse(client, header, refusal)
+        else:
+            await self._export(client, header, hashes)
 
     async def _export(self, client: Client, header: Header, hashes: bytes) -> None:
         oid = header.oid

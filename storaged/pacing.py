@@ -12,6 +12,8 @@ from storaged.logic.pace import Pace
 
 LOOK_EVERY_S = 0.02
 PIECE = 256 << 10
+SERVE_PATIENCE_S = 2.0
+"""A peer whose turn has not come by then is told to ask again."""
 LOOK_FOR_S = 2.0
 """So long after the last object the node is looked at; then nothing runs here."""
 
@@ -76,12 +78,17 @@ class Pacer:
         """What had its turn was not pulled."""
         self._pulling.give_back(size_bytes)
 
-    def may_serve(self, size_bytes: int) -> bool:
-        """Tell whether a peer's pull of so much may be served now."""
-        return not self._serving.take(self._look(), size_bytes)
+    async def turn_to_serve(self, size_bytes: int) -> bool:
+        """Wait until a peer's pull of so much may be served; False if that takes too long."""
+        give_up = trio.current_time() + SERVE_PATIENCE_S
+        while wait_s := self._serving.take(self._look(), size_bytes):
+            if trio.current_time() > give_up:
+                return False
+            await trio.sleep(min(wait_s, LOOK_EVERY_S))
+        return True
 
     def served(self, size_bytes: int, moved_bytes: int) -> None:
-        """Of what `may_serve` let through, so much moved."""
+        """Of what `turn_to_serve` let through, so much moved."""
         self._serving.give_back(size_bytes - cost(size_bytes, moved_bytes))
 
     def _look(self) -> float:

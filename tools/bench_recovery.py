@@ -29,6 +29,7 @@ from sheepfs_tools.sizes import format_size, parse_size
 PATIENCE_S = 3600.0
 LOOK_EVERY_S = 0.5
 NO_ANSWER_S = 30.0
+RAMP_S = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +123,14 @@ class Bench:
         """Kill a node, for long enough to be noticed, not to be given up."""
         self.cluster.sheepctl("cluster", "recovery", "--out-after", "1h")
         self.cluster.nodes[number].kill()
+        self._lost = time.monotonic()
         wait_for(lambda: self._state(number) == "down", 30, f"node {number} to be missed")
 
-    def give_up(self) -> None:
-        """Let the lost node's share be copied, in a second from now."""
+    def give_up(self, in_s: float) -> None:
+        """Let the lost node's share be copied, so many seconds from now."""
         self._before = _pulled(self.observer.skip())
-        self.cluster.sheepctl("cluster", "recovery", "--out-after", "1s")
+        out_after_s = time.monotonic() - self._lost + in_s
+        self.cluster.sheepctl("cluster", "recovery", "--out-after", f"{out_after_s:.0f}s")
 
     def recovered(self) -> Copied:
         """Wait until all copies are there again; timed from the last look that saw nothing move."""
@@ -144,7 +147,7 @@ class Bench:
                 raise StartError("recovery does not end")
 
     def load(self, seconds: float) -> subprocess.Popen[str]:
-        """Start fio: 4 KiB random reads and writes, at a steady rate."""
+        """Start fio: 4 KiB random reads and writes, at a steady rate; the first do not count."""
         return subprocess.Popen(
             [
                 *("fio", "--name=load", f"--filename={self._file}", f"--size={self._size}"),
@@ -194,13 +197,13 @@ def measure(bench: Bench, nodes: int, quiet_s: float, say: Any) -> dict[str, Any
     bench.prepare()
     say("a node is lost, no clients")
     bench.lose(nodes)
-    bench.give_up()
+    bench.give_up(1)
     idle = bench.recovered()
     say(f"{idle.mb_per_s:,.0f} MB/s; now clients, without recovery")
     quiet = latencies(bench.load(quiet_s))
     say("another node is lost, with clients")
     bench.lose(nodes - 1)
-    bench.give_up()
+    bench.give_up(RAMP_S + 1)
     fio = bench.load(PATIENCE_S)
     try:
         beside = bench.recovered()

@@ -106,8 +106,10 @@ async def test_a_source_that_is_busy_with_clients_serves_fewer_pulls(
     async def served(count: int) -> int:
         nonlocal requests
         served = 0
-        for _ in range(100):
-            served += pacer.may_serve(4 * MIB)
+        until = trio.current_time() + 2
+        while trio.current_time() < until:
+            if await pacer.turn_to_serve(4 * MIB):
+                served += 1
             requests += count
             await trio.sleep(LOOK_EVERY_S)
         return served
