@@ -73,9 +73,11 @@ class Pulling:
         self._changed = trio.Event()
         """Set, and replaced by another, when a new map is there."""
 
-    def _source(self, group: PlacementGroup, wanted: int | None = None) -> Link:
-        """Give a live link to a sync member other than this node."""
-        for node in group.sync if wanted is None else (wanted,):
+    def _source(self, pg: int, group: PlacementGroup, wanted: int | None = None) -> Link:
+        """Give a live link to a sync member other than this node: of each group another one."""
+        turn = pg % len(group.sync) if group.sync else 0
+        spread = group.sync[turn:] + group.sync[:turn]
+        for node in spread if wanted is None else (wanted,):
             link = self._peers.link(node)
             if node != self._replica.node and node in group.sync and link is not None:
                 return link
@@ -93,7 +95,7 @@ class Pulling:
             group = replica.map.pools[pool][pg]
             found = 0
             with suppress(ObjectNotFoundError):
-                header, _ = await self._source(group).call(
+                header, _ = await self._source(pg, group).call(
                     Op.STAT,
                     version=version,
                     oid=oid,
@@ -151,7 +153,7 @@ class Pulling:
         damaged: list[int] = []
         for node in candidates if source is None else [source]:
             try:
-                link = self._source(group, node)
+                link = self._source(pg, group, node)
                 await self._pull_from(link, oid, pool, pg, exact and source is not None)
                 return None
             except NoSpaceError as error:
@@ -164,7 +166,7 @@ class Pulling:
         if self._replica.node not in group.joining or group.away or damaged != candidates:
             return problem  # One who is expected back may have what the others lack.
         try:
-            link = self._source(group, damaged[0])
+            link = self._source(pg, group, damaged[0])
             await self._pull_from(link, oid, pool, pg, False, FLAG_SALVAGE)
         except SheepError as error:
             return error
@@ -214,7 +216,7 @@ class Pulling:
         """
         replica, store = self._replica, self._replica.store
         group = replica.map.pools[pool][pg]
-        link = self._source(group)
+        link = self._source(pg, group)
         inherited = False
         if store.get(oid) is None:
             await replica.take(oid)

@@ -233,7 +233,7 @@ class Recovery(Pulling):
         sources: dict[int, list[tuple[int, int, PlacementGroup]]] = {}
         for copies, number, group in joining:
             with suppress(UnreachableError):
-                node = self._source(group).node
+                node = self._source(number, group).node
                 sources.setdefault(node, []).append((copies, number, group))
         epoch = self._replica.map.epoch
         for node, groups in sources.items():
@@ -256,7 +256,7 @@ class Recovery(Pulling):
         """Ask a sync member what it has; give the sizes of that, and what is to be done."""
         if not self._replica.is_guarded(copies, number):
             raise RecoveringError("the fences are not known yet")
-        source = self._source(group)
+        source = self._source(number, group)
         rows = await source.call_json(
             Op.LIST,
             pool=copies,
