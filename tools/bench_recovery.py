@@ -192,13 +192,16 @@ def latencies(fio: subprocess.Popen[str]) -> dict[str, Latency]:
 
 
 def measure(bench: Bench, nodes: int, quiet_s: float, say: Any) -> dict[str, Any]:
-    """Run it all."""
+    """Run it all; without the part beside clients if `quiet_s` is 0."""
     say("filling the VDI")
     bench.prepare()
     say("a node is lost, no clients")
     bench.lose(nodes)
     bench.give_up(1)
     idle = bench.recovered()
+    results: dict[str, Any] = {"idle": {**asdict(idle), "mb_per_s": idle.mb_per_s}}
+    if not quiet_s:
+        return results
     say(f"{idle.mb_per_s:,.0f} MB/s; now clients, without recovery")
     quiet = latencies(bench.load(quiet_s))
     say("another node is lost, with clients")
@@ -213,7 +216,7 @@ def measure(bench: Bench, nodes: int, quiet_s: float, say: Any) -> dict[str, Any
         fio.kill()
         fio.wait()
     return {
-        "idle": {**asdict(idle), "mb_per_s": idle.mb_per_s},
+        **results,
         "beside_clients": {**asdict(beside), "mb_per_s": beside.mb_per_s},
         "quiet": {side: asdict(found) for side, found in quiet.items()},
         "during": {side: asdict(found) for side, found in during.items()},
@@ -224,9 +227,11 @@ def table(results: dict[str, Any]) -> str:
     """Give the results as Markdown tables, ready for docs/performance.md."""
     lines = ["| recovery | moved | seconds | MB/s |", "| --- | --- | --- | --- |"]
     for key, title in (("idle", "without clients"), ("beside_clients", "beside clients")):
-        row = results[key]
-        size, rate = format_size(row["bytes"]), row["mb_per_s"]
-        lines.append(f"| {title} | {size} | {row['seconds']:.1f} | {rate:,.0f} |")
+        if row := results.get(key):
+            size, rate = format_size(row["bytes"]), row["mb_per_s"]
+            lines.append(f"| {title} | {size} | {row['seconds']:.1f} | {rate:,.0f} |")
+    if "quiet" not in results:
+        return "\n".join(lines)
     lines += ["", "| 4 KiB | quiet p50, p99, max ms | during recovery | p99 ratio |"]
     lines.append("| --- | --- | --- | --- |")
     for side in ("read", "write"):
@@ -247,6 +252,7 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=5, help="storage daemons (default 5)")
     parser.add_argument("--iops", type=int, default=400, help="requests of fio per second (400)")
     parser.add_argument("--quiet", type=float, default=20, metavar="S", help="seconds without (20)")
+    parser.add_argument("--idle", action="store_true", help="only the speed without clients")
     parser.add_argument("--directory", help="where the data goes (default: the temporary one)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_args()
@@ -266,7 +272,7 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="sheepfs-recovery-", dir=arguments.directory))
     bench = Bench(directory, arguments.nodes, size, arguments.iops)
     try:
-        results = measure(bench, arguments.nodes, arguments.quiet, say)
+        results = measure(bench, arguments.nodes, 0 if arguments.idle else arguments.quiet, say)
     except (StartError, subprocess.CalledProcessError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
