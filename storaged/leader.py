@@ -6,6 +6,9 @@ Always holds:
 - The leader key hangs on the lease of the daemon's own `alive` key: both end together.
 - A leader whose address refuses connections is replaced at once, by compare-and-swap; one that is
   silent, when its lease ends.
+- A failure seldom comes alone: before a run is voted out all others are asked, so that runs that
+  failed together are judged together. One after the other, the last of them would count as the only
+  one that has everything (I8).
 - After etcd was away for so long that leases may have ended, missing ones prove nothing until each
   daemon had the time to come back with a new one.
 - An etcd whose map is older than the one that this daemon serves by is given no other.
@@ -17,7 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
 import trio
@@ -26,7 +29,7 @@ from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
 from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
-from sheepfs.core.metadata import ClusterConfig, LeaderRecord
+from sheepfs.core.metadata import AliveRecord, ClusterConfig, LeaderRecord
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, Store
 from storaged.epochlog import log_changes, log_losses
 from storaged.logic.leader import OUT_AFTER_S, Joined, as_in_map, decide
@@ -46,6 +49,8 @@ BATCH_S = 0.01
 PING_EVERY_S = 1.0
 PING_DEADLINE_S = 1.0
 """A refusal comes at once; longer than this is silence."""
+ASK_ALL_S = 0.5
+"""So long for all the others to answer, before a run is voted out."""
 PARALLEL_PINGS = 64
 FOLLOW_PING_S = 0.3
 FOLLOW_PINGS_PER_S = 200
@@ -105,6 +110,8 @@ class Leader:
         self._addresses: dict[Run, str] = {}
         self._pinging: set[Run] = set()
         self._ping_limit = trio.CapacityLimiter(PARALLEL_PINGS)
+        self._asked_about: frozenset[Run] = frozenset()
+        """Runs that are gone, and all others have been asked since."""
         self._joined: dict[Joined, None] = {}
         self._reported: set[Run] = set()
         self._seen = Seen(ClusterMap(0, config.cluster))
@@ -243,6 +250,7 @@ class Leader:
             self._joined.clear()
             self._addresses.clear()
             self._reach = Reachability()
+            self._asked_about = frozenset()
         log.warning("node %d leads no longer", self._announcer.node)
 
     async def _look_and_decide(self) -> bool:
@@ -279,6 +287,7 @@ class Leader:
             for node in seen.map.nodes.values()
             if node.state is NodeState.DOWN and node.id != self._announcer.node
         ]
+        await self._ask_all(seen.map, alive)
         taken = list(self._joined)
         unreachable = self._reach.unreachable(voted_out)
         judged = (seen, alive, unreachable)
@@ -360,6 +369,22 @@ class Leader:
                 for run in self._addresses:
                     nursery.start_soon(self._ping_one, run)
             await trio.sleep_until(next_round)
+
+    async def _ask_all(self, current: ClusterMap, alive: Mapping[int, AliveRecord]) -> None:
+        """If a run of the map is newly gone, ping all others, and wait for that."""
+        runs = {(record.id, record.incarnation) for record in alive.values()}
+        runs -= self._reach.unreachable()
+        gone = frozenset(
+            (node.id, node.incarnation)
+            for node in current.nodes.values()
+            if node.state is not NodeState.DOWN and (node.id, node.incarnation) not in runs
+        )
+        if not gone <= self._asked_about:
+            with trio.move_on_after(ASK_ALL_S):
+                async with trio.open_nursery() as nursery:
+                    for run in self._addresses.keys() - gone:
+                        nursery.start_soon(self._ping_one, run)
+        self._asked_about = gone
 
     async def _ping_reported(self) -> None:
         async with trio.open_nursery() as nursery:

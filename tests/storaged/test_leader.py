@@ -210,6 +210,29 @@ async def test_a_new_leader_does_not_let_in_again_what_the_old_one_saw_die(
         assert all(m.nodes[victim.node].state is NodeState.DOWN for m in new.maps[1:])
 
 
+async def test_a_new_leader_votes_out_together_who_died_together(autojump_clock: MockClock) -> None:
+    async with cluster_of(3) as cluster:
+        old = the_leader(cluster)
+        dead = next(d for d in cluster.running.values() if d is not old)
+        epoch = cluster.map.epoch
+        for daemon in (dead, old):
+            daemon.kill()
+        await until(lambda: list(cluster.states().values()).count(NodeState.DOWN) == 2)
+        assert cluster.map.epoch == epoch + 1, "one map for both"
+
+
+async def test_a_leader_told_of_one_dead_node_finds_the_other(autojump_clock: MockClock) -> None:
+    async with cluster_of(4) as cluster:
+        leading = the_leader(cluster)
+        dead, other = [d for d in cluster.running.values() if d is not leading][:2]
+        epoch = cluster.map.epoch
+        for daemon in (dead, other):
+            daemon.kill()
+        leading.leader.report(dead.node, dead.announcer.incarnation)
+        await until(lambda: list(cluster.states().values()).count(NodeState.DOWN) == 2)
+        assert cluster.map.epoch == epoch + 1, "one map for both"
+
+
 async def test_a_report_about_a_killed_leader_is_acted_upon_at_once(
     autojump_clock: MockClock,
 ) -> None:
