@@ -8,6 +8,7 @@ the stream up by then. It passes tests/net/test_transport.py.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from itertools import count
 from weakref import WeakValueDictionary
 
 import trio
+import trio.abc
 
 from sheepfs.core.errors import UsageError
 from sheepfs.core.wire import Buffer
@@ -59,14 +61,23 @@ class SimNetwork:
         return self.hosts.setdefault(name, SimHost(self, name))
 
     async def run(self) -> None:
-        """Deliver until cancelled."""
+        """Deliver until cancelled, where the clock is no SimClock."""
         while True:
             self._sooner = trio.Event()
-            with trio.move_on_at(self._due[0][0] if self._due else float("inf")):
+            with trio.move_on_at(self.next_due):
                 await self._sooner.wait()
-            now = trio.current_time()
-            while self._due and self._due[0][0] <= now:
-                heapq.heappop(self._due)[2]()
+            self.deliver_due()
+
+    @property
+    def next_due(self) -> float:
+        """When something arrives next."""
+        return self._due[0][0] if self._due else math.inf
+
+    def deliver_due(self) -> None:
+        """Deliver what has arrived by now."""
+        now = trio.current_time()
+        while self._due and self._due[0][0] <= now:
+            heapq.heappop(self._due)[2]()
 
     def at(self, time: float, what: Callable[[], None]) -> None:
         """Call `what` at a time."""
@@ -126,6 +137,36 @@ class SimNetwork:
 
     def ended(self, direction: _Direction) -> None:
         self._streams.pop(direction, None)
+
+
+class SimClock(trio.abc.Clock):
+    """A clock that jumps to whatever comes first, the next deadline or what the network delivers.
+
+    With trio's MockClock a task would have to wait for the latter, with a deadline and two turns of
+    the loop for each message: a fifth of all that the simulator did.
+    """
+
+    def __init__(self, network: SimNetwork) -> None:
+        self._network = network
+        self._now = 0.0
+
+    def start_clock(self) -> None:
+        """See trio.abc.Clock."""
+
+    def current_time(self) -> float:
+        """See trio.abc.Clock."""
+        return self._now
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        """See trio.abc.Clock. Trio asks when no task can run: the moment to jump, not to sleep."""
+        due = self._network.next_due
+        first = min(deadline, due)
+        if first == math.inf:
+            return first
+        self._now = max(self._now, first)
+        if due <= deadline:
+            self._network.deliver_due()
+        return 0.0
 
 
 class SimHost:

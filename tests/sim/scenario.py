@@ -9,7 +9,6 @@ import traceback
 from dataclasses import dataclass
 
 import trio
-import trio.testing
 
 from sheepfs.callbacks import completion, read_bytes
 from sheepfs.cluster import Cluster
@@ -25,6 +24,7 @@ from sim import stalls
 from sim.clients import OBJECT_SECTORS, Shelf, SimClient
 from sim.faults import Faults
 from sim.machine import HOST
+from sim.network import SimClock
 from sim.planted import planted
 from sim.registers import SECTOR
 from sim.registers import Volume as Model
@@ -98,7 +98,7 @@ def run(seed: int, size: Size = Size()) -> Outcome:
         signal.setitimer(timer, limit_s, 1)
     try:
         with determined(world, seed), planted(size.bug):
-            trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+            trio.run(main, clock=SimClock(world.network))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import trio
-import trio.testing
 
 from sheepfs.callbacks import completion, read_bytes
 from sheepfs.cluster import Cluster
 from sheepfs.connecting import join
 from sheepfs.volume import Volume
 from sim.machine import HOST
+from sim.network import SimClock
 from sim.world import CLUSTER, World, determined
 from storaged.store import dirtylog
 
@@ -37,7 +37,7 @@ def tell(story: Callable[[World, Cluster], Awaitable[None]], groups: int = 0) ->
                     await cluster.close()
 
     with determined(world, 0):
-        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+        trio.run(main, clock=SimClock(world.network))
 
 
 async def change(cluster: Cluster, name: str, offset: int, data: bytes) -> None:

@@ -273,7 +273,6 @@ class World:
                 record = ScrubRecord(deep_days=days, light_days=days)
                 put = Put(self.keys.setting("scrub"), record.encode())
                 self.etcd.commit(Transaction([], [put]))
-            nursery.start_soon(self.network.run)
             self.nodes = [SimNode(self, i + 1) for i in range(self._node_count)]
             for node in self.nodes:
                 node.start()
