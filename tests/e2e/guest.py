@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import gzip
+import json
 import lzma
 import re
 import shutil
+import socket
 import stat
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KERNEL_DIRECTORY = REPOSITORY / ".cache" / "guest-kernel"
@@ -48,11 +51,12 @@ commit() {
     echo "ENDED $1"
 }
 test -b /dev/vda || fail "no /dev/vda"
+files=$(sed -n 's/.*files=\([0-9]*\).*/\1/p' /proc/cmdline)
 case $(cat /proc/cmdline) in
 *task=write*)
     mkfs.ext4 -q -F /dev/vda || fail mkfs
     mount -t ext4 /dev/vda /mnt || fail mount
-    for i in $(seq 20); do
+    for i in $(seq ${files:-20}); do
         dd if=/dev/urandom of=/mnt/file$i bs=1M count=10 2>/dev/null || fail "write $i"
     done
     (cd /mnt && md5sum file* >sums) || fail md5sum
@@ -60,7 +64,7 @@ case $(cat /proc/cmdline) in
     ;;
 *task=verify*)
     mount -t ext4 -o ro /dev/vda /mnt || fail mount
-    (cd /mnt && test $(wc -l <sums) = 20 && md5sum -c sums) || fail "checksums differ"
+    (cd /mnt && test $(wc -l <sums) = ${files:-20} && md5sum -c sums) || fail "checksums differ"
     ;;
 *task=format*)
     mkfs.ext4 -q -F /dev/vda || fail mkfs
@@ -133,11 +137,14 @@ class Guest:
         )
         return done.stdout.decode(errors="replace")
 
-    def boot(self, disk: Path, task: str, console: Path) -> subprocess.Popen[bytes]:
+    def boot(self, disk: Path, task: str, console: Path, *options: str) -> subprocess.Popen[bytes]:
         """Boot with `disk` as /dev/vda, to do a task of `INIT`; the console goes to a file."""
         with console.open("wb") as log:
             return subprocess.Popen(
-                self._argv(disk, task), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self._argv(disk, task), *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
 
     def _argv(self, disk: Path, task: str) -> list[str]:
@@ -148,6 +155,26 @@ class Guest:
             *("-append", f"{OPTIONS} task={task}"),
             *("-drive", f"file={disk},format=raw,if=virtio,{DRIVE}"),
         ]
+
+
+def control(socket_path: Path, command: str) -> Any:
+    """Run a command of QEMU's monitor (QMP), on a socket of `-qmp unix:PATH,server=on,wait=off`.
+
+    Raises:
+        OSError: QEMU is gone.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(socket_path))
+        with connection.makefile("rw") as stream:
+            stream.readline()  # The greeting.
+            for execute in ("qmp_capabilities", command):
+                stream.write(json.dumps({"execute": execute}) + "\n")
+                stream.flush()
+                while "return" not in (answer := json.loads(stream.readline() or "null") or {}):
+                    if "event" not in answer:
+                        raise ConnectionError(f"QEMU to {execute}: {answer}")
+    return answer["return"]
 
 
 def missing_for_guest() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from e2e.cluster import Mounted, run
+from e2e.guest import DONE, build_guest, control, missing_for_guest
 from e2e.power import LosableDisk, missing
 from sheepfs_tools.local_cluster import LocalCluster
 from sheepfs_tools.processes import wait_for
@@ -154,6 +155,51 @@ def test_a_deletion_makes_room_and_nothing_that_was_flushed_is_lost(small: Small
     finally:
         os.close(fd)
     mounted.assert_replicas_agree("kept")
+
+
+def test_a_guest_on_full_disks_stops_and_goes_on_when_there_is_room(
+    small: SmallDisks, tmp_path: Path
+) -> None:
+    if reason := missing_for_guest():
+        pytest.skip(reason)
+    mounted, size = small.mounted, small.size_mib
+    spare = mounted.create("spare", f"{size}M")
+    with spare.open("r+b") as file:
+        for number in range(size // 2):
+            file.write(block(number + 1))
+    run("sync", spare)
+    files = size * 45 // 100 // 10
+    guest = build_guest(tmp_path / "guest")
+    disk, console, monitor = mounted.create("vm1", f"{size}M"), tmp_path / "log", tmp_path / "qmp"
+    options = ("-qmp", f"unix:{monitor},server=on,wait=off")
+    machine = guest.boot(disk, f"write files={files}", console, *options)
+    try:
+        # QEMU's default (werror=enospc): the machine stands still, and its guest sees no error.
+        wait_for(lambda: is_out_of_room(monitor), 300, "the guest to fill the disks")
+        assert not machine.poll(), console.read_text()
+        mounted.cluster.sheepctl("vdi", "delete", "spare", "--now")
+
+        def is_done() -> bool:
+            if machine.poll() is None and is_out_of_room(monitor):
+                control(monitor, "cont")
+            return machine.poll() is not None
+
+        wait_for(is_done, 300, "the guest to go on")
+    finally:
+        machine.kill()
+        machine.wait()
+    assert DONE in console.read_text(), console.read_text()[-3000:]
+    verified = guest.run(disk, f"verify files={files}")
+    assert verified.count(": OK") == files, verified[-3000:]
+    mounted.assert_replicas_agree("vm1")
+
+
+def is_out_of_room(monitor: Path) -> bool:
+    """Tell whether QEMU has stopped its machine for want of room."""
+    try:
+        return bool(control(monitor, "query-status")["status"] == "io-error")
+    except OSError:
+        return False  # It is about to start, or to end.
 
 
 def discard(fd: int, offset: int, length: int) -> None:
