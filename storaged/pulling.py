@@ -75,11 +75,11 @@ class Pulling:
 
     def _source(self, pg: int, group: PlacementGroup, wanted: int | None = None) -> Link:
         """Give a live link to a sync member other than this node: of each group another one."""
-        turn = pg % len(group.sync) if group.sync else 0
-        spread = group.sync[turn:] + group.sync[:turn]
-        for node in spread if wanted is None else (wanted,):
+        others = [n for n in group.sync if n != self._replica.node and wanted in (None, n)]
+        turn = pg % len(others) if others else 0
+        for node in others[turn:] + others[:turn]:
             link = self._peers.link(node)
-            if node != self._replica.node and node in group.sync and link is not None:
+            if link is not None:
                 return link
         raise UnreachableError("no sync member of the group can be reached")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -14,13 +15,14 @@ from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError, completion
 from sheepfs.core.errors import FencedError, RecoveringError, StaleObjectError
-from sheepfs.core.geometry import data_object, make_layer
+from sheepfs.core.geometry import OBJECT_SIZE, data_object, make_layer
 from sheepfs.core.metadata import RecoveryRecord
 from sheepfs.core.wire import FLAG_CREATE, Op
 from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
 from sheepfs.objects import ObjectReader
 from sheepfs.replication import Replicator
+from storaged.pacing import PIECE
 
 VDI, LAYER = 2, make_layer(2, 2, 3)
 OID = data_object(LAYER, 0)
@@ -401,6 +403,50 @@ async def test_a_write_does_not_wait_for_a_copy_and_the_copy_has_it(tmp_path: Pa
         assert on_disk(cluster, 3) == b"c" * BLOCK
         await holder.write(OID, b"d" * BLOCK)
         assert on_disk(cluster, 3) == b"d" * BLOCK
+
+
+async def test_of_an_object_that_changes_while_it_is_fetched_only_the_changes_are_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with holding(tmp_path) as (cluster, _, holder):
+        blocks = OBJECT_SIZE // BLOCK
+        node = cluster.nodes[3]
+        cluster.auto_join = False
+        node.stop()
+        cluster.publish([1, 2])
+        await holder.create(OID, b"a" * OBJECT_SIZE)
+        await holder.flush()
+        await node.start()
+        ask_in_turn = node.recovery._ask_in_turn
+        asked: list[int] = []
+
+        async def ask(*args: Any) -> Any:
+            reply = await ask_in_turn(*args)
+            asked.append(args[-2])
+            if len(asked) == 3:
+                await holder.write(OID, b"b" * 2 * BLOCK, offset=BLOCK)
+                await holder.write(OID, b"c" * BLOCK, offset=OBJECT_SIZE - BLOCK)
+            return reply
+
+        async def whole(*args: Any) -> None:
+            raise AssertionError("the object was held and pulled as a whole")
+
+        monkeypatch.setattr(node.recovery, "_ask_in_turn", ask)
+        monkeypatch.setattr(node.recovery, "_try_to_pull", whole)
+        cluster.publish([1, 2], [3])
+        await wait_until(lambda: node.replica.counters.pulled_objects == 1)
+        assert asked == list(range(0, OBJECT_SIZE, PIECE)), "each piece is asked for once"
+        # Of what changed, the last block was fetched after it had: only two are moved twice.
+        assert node.replica.counters.pulled_bytes == (blocks + 2) * BLOCK
+        assert on_disk(cluster, 3, length=OBJECT_SIZE) == on_disk(cluster, 1, length=OBJECT_SIZE)
+
+
+async def test_groups_are_fetched_from_all_sync_members_alike(tmp_path: Path) -> None:
+    async with holding(tmp_path) as (cluster, _, _):
+        recovery = cluster.nodes[3].recovery
+        groups = cluster.map.pools[3]
+        sources = [recovery._source(pg, group).node for pg, group in enumerate(groups)]
+        assert sources.count(1) == sources.count(2) == len(groups) / 2
 
 
 async def test_a_joining_member_misses_no_write_that_no_sync_member_has_yet(
