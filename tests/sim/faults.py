@@ -2,7 +2,8 @@
 
 Always holds:
 - A loss of power counts as a loss of unflushed data only if it can be one: when nodes were already
-  missing, or all go at once. Else the model expects that nothing is lost.
+  missing, or all go at once. So does the death of the last daemon that has all of a group. Else the
+  model expects that nothing is lost.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Faults:
         self._is_short = False
         """A disk was lost, and what it had is not on as many others yet: no more may be lost."""
         world.pages_lost = self._pages_lost
+        world.died = self._died
         rng = world.rng
         self._kinds: list[Callable[[], Awaitable[None]]] = [
             self.kill_node, self.kill_node, self.kill_node_within_a_call, self.cut_power,
@@ -175,6 +177,11 @@ class Faults:
                 for node in up:
                     nursery.start_soon(come_back, node)
                 await trio.sleep(0.01)
+
+    def _died(self, node: SimNode) -> None:
+        """Which unflushed blocks of a clone are its own, only the daemons know that have them."""
+        if self.world.is_last(node):
+            self._lost()
 
     def _lost(self) -> None:
         for model in self.models.values():

@@ -142,6 +142,7 @@ class SimNode:
         """Start the daemon."""
         assert not self.is_up
         self.is_up = True
+        self._is_stopping = False
         self.host.live()
         self._scope = trio.CancelScope()
         self._ended = trio.Event()
@@ -168,6 +169,8 @@ class SimNode:
         finally:
             process.alive = False
             self.host.die(silent=False)
+            if not self._is_stopping:
+                world.died(self)
             self.is_up = False
             self._ended.set()
 
@@ -184,6 +187,7 @@ class SimNode:
 
     async def stop(self) -> None:
         """Stop it in order."""
+        self._is_stopping = True
         self._daemon.stop()
         await self._ended.wait()
         self.disk.kill()
@@ -252,6 +256,8 @@ class World:
         self.problem: AssertionError | None = None
         self.pages_lost: Callable[[], None] = lambda: None
         """Told when a node has lost what was not synced, and lives."""
+        self.died: Callable[[SimNode], None] = lambda node: None
+        """Told of a node that ends without having flushed."""
         self.keys = Keys(CLUSTER)
 
     def etcd_client(self, host: SimHost) -> SimEtcd:
@@ -320,6 +326,23 @@ class World:
     def is_whole(self) -> bool:
         """Tell whether nothing lacks."""
         return not self.lacks()
+
+    def is_last(self, node: SimNode) -> bool:
+        """Tell whether some group has nobody else who runs and has everything."""
+        found = self.map()
+        if found is None:
+            return False
+        running = {other.name for other in self.nodes if other.is_up}
+        hosts = {
+            member.id: member.address.partition(":")[0]
+            for member in found.nodes.values()
+            if member.state is not NodeState.DOWN
+        }
+        return any(
+            running.intersection(hosts.get(member, "") for member in group.sync) == {node.name}
+            for groups in found.pools.values()
+            for group in groups
+        )
 
     async def wait_nodes(self) -> None:
         """Wait until all nodes are in the map."""
