@@ -17,9 +17,7 @@ import trio
 from sheepfs.accounts import Account, Accounts
 from sheepfs.backend import Attributes, Capacity, OnChange, OpenVolume
 from sheepfs.core.errors import (
-    HeldElsewhereError,
     ReadOnlyError,
-    RetryableError,
     SheepError,
     UnreachableError,
     UsageError,
@@ -30,7 +28,8 @@ from sheepfs.core.metadata import RequestRecord, SnapshotRecord, VdiRecord
 from sheepfs.core.names import split_name
 from sheepfs.core.wire import Op
 from sheepfs.frozen import FrozenVolume, snapshot_attributes
-from sheepfs.holder_requests import GIVE_WAY, Progress, ask, delete_vdi, ignore_progress
+from sheepfs.holder_requests import Progress, delete_vdi, ignore_progress
+from sheepfs.holder_work import HolderWork
 from sheepfs.holding import Holding
 from sheepfs.listing import Listing, Named
 from sheepfs.mount_metrics import mount_metrics
@@ -49,7 +48,6 @@ START_TIMEOUT_S = 10.0
 CAPACITY_TIMEOUT_S = 1.0
 DEFAULT_COPIES = 3
 STALL_REPORT_S = 1.0
-HOLDER_TRIES = 5
 
 
 class Cluster:
@@ -76,6 +74,7 @@ class Cluster:
         )
         self.snapshots = Snapshots(store, keys, catalog, router, self.holding.lease)
         self.rewriting = Rewriting(store, keys, catalog, router, self.holding.lease)
+        self._work = HolderWork(store, keys, self.holding, self.snapshots, self.rewriting)
 
     def _open_vdis(self) -> list[Volume]:
         return [volume for volume in self._volumes.values() if isinstance(volume, Volume)]
@@ -299,9 +298,7 @@ class Cluster:
         item = await self._find(vdi)
         if isinstance(item.record, SnapshotRecord):
             raise UsageError(f"{item.name} is a snapshot itself")
-        await self._at_holder(
-            vdi, "snapshot", {"tag": tag}, lambda volume: self.snapshots.snapshot(volume, tag)
-        )
+        await self._at_holder(vdi, "snapshot", tag=tag)
         made = await self.catalog.snapshot(item.name, tag)
         return snapshot_attributes(made.file, made.record)
 
@@ -311,76 +308,44 @@ class Cluster:
         if isinstance(item.record, SnapshotRecord):
             await self.snapshots.clone_snapshot(item.record, name)
         else:
-            await self._at_holder(
-                vdi, "clone", {"name": name}, lambda volume: self.snapshots.clone(volume, name)
-            )
+            await self._at_holder(vdi, "clone", name=name)
         self._listing.forget()
         record, _ = await self.catalog.vdi(name)
         return self._attributes(Named(name, record, name))
 
     async def resize(self, vdi: int, size: int) -> None:
         """Grow or cut a VDI, wherever it is held."""
-        await self._at_holder(
-            vdi, "resize", {"size": str(size)}, lambda volume: volume.resize(size)
-        )
+        await self._at_holder(vdi, "resize", size=str(size))
 
     async def flatten(self, vdi: int, told: Progress = ignore_progress) -> None:
         """Cut a clone loose from its origin, wherever it is held."""
-        await self._at_holder(
-            vdi, "flatten", {}, lambda volume: self.rewriting.flatten(volume, told), told
-        )
+        await self._at_holder(vdi, "flatten", told)
 
     async def change_copies(self, vdi: int, copies: int, told: Progress = ignore_progress) -> None:
         """Keep another number of replicas, wherever the VDI is held."""
         await self.catalog.want_pool(copies)
         await self._wait_pool(copies)
-        await self._at_holder(
-            vdi,
-            "copies",
-            {"copies": str(copies)},
-            lambda volume: self.rewriting.change_copies(volume, copies, told),
-            told,
-        )
+        await self._at_holder(vdi, "copies", told, copies=str(copies))
 
     async def rollback(self, vdi: int, snapshot: SnapshotRecord) -> None:
         """Make a VDI as one of its family's snapshots is. Raises HeldElsewhereError."""
-        async with self.opened(vdi) as volume:
-            if not isinstance(volume, Volume):
-                raise ReadOnlyError(f"{volume.name} is a snapshot: it cannot be changed")
+        async with self._opened_vdi(vdi) as volume:
             await self.snapshots.rollback(volume, snapshot)
         self._listing.forget()
 
-    async def _at_holder(
-        self,
-        vdi: int,
-        what: str,
-        arguments: dict[str, str],
-        here: Callable[[Volume], Awaitable[object]],
-        told: Progress = ignore_progress,
-    ) -> None:
-        """Do something as the VDI's holder, or have its holder do it."""
+    @asynccontextmanager
+    async def _opened_vdi(self, vdi: int) -> AsyncIterator[Volume]:
         async with self.opened(vdi) as volume:
             if not isinstance(volume, Volume):
                 raise ReadOnlyError(f"{volume.name} is a snapshot: it cannot be changed")
-            for _ in range(HOLDER_TRIES):
-                try:
-                    await volume.borrow()
-                    try:
-                        await here(volume)
-                    finally:
-                        with trio.CancelScope(shield=True):
-                            await volume.give_back()
-                    break
-                except HeldElsewhereError:
-                    lease = (await self.holding.lease()).lease
-                    try:
-                        await ask(self.store, self.keys, vdi, what, arguments, lease, told)
-                        break
-                    except RetryableError as error:
-                        # The holder let it go meanwhile, or another took it.
-                        log.info("%s of %s: %s", what, volume.name, error)
-            else:
-                raise UnreachableError(f"{volume.name} goes from mount to mount: try again")
+            yield volume
+
+    async def _at_holder(
+        self, vdi: int, what: str, told: Progress = ignore_progress, **arguments: str
+    ) -> None:
+        """Do something as the VDI's holder, or have its holder do it (`sheepfs.holder_work`)."""
+        async with self._opened_vdi(vdi) as volume:
+            await self._work.do(volume, what, arguments, told)
         self._listing.forget()
 
     async def serve_request(self, vdi: int, request: RequestRecord, told: Progress) -> bool:
@@ -388,33 +353,11 @@ class Cluster:
         volume = self._volumes.get(vdi)
         if not isinstance(volume, Volume):
             return False
-        if request.what == GIVE_WAY:
-            # Its lock is seen before it is attached, and whoever asks would not ask again soon.
-            # Nothing else waits: by then another may have done it, and it would be done twice.
-            await volume.settled()
-        if volume.attachment is None:
+        before = volume.size
+        if not await self._work.serve(volume, request, told):
             return False
-        arguments = request.arguments
-        try:
-            if request.what == "snapshot":
-                await self.snapshots.snapshot(volume, arguments["tag"])
-            elif request.what == "clone":
-                await self.snapshots.clone(volume, arguments["name"])
-            elif request.what == "freeze":
-                await self.snapshots.freeze(volume)
-            elif request.what == "flatten":
-                await self.rewriting.flatten(volume, told)
-            elif request.what == "copies":
-                await self.rewriting.change_copies(volume, int(arguments["copies"]), told)
-            elif request.what == GIVE_WAY:
-                await volume.give_way()
-            elif request.what == "resize":
-                await volume.resize(int(arguments["size"]))
-                self._changed(vdi)
-            else:
-                raise UsageError(f"this mount is too old to do {request.what!r}")
-        except (KeyError, ValueError) as error:
-            raise UsageError(f"a bad request for {request.what!r}: {error}") from error
+        if volume.size != before:
+            self._changed(vdi)
         self._listing.forget()
         return True
 
@@ -427,7 +370,7 @@ class Cluster:
 
     async def freeze(self, vdi: int) -> None:
         """Let everything that a VDI's map names belong to frozen layers, wherever it is held."""
-        await self._at_holder(vdi, "freeze", {}, self.snapshots.freeze)
+        await self._at_holder(vdi, "freeze")
 
     async def check_exists(self, item: int) -> None:
         """Make sure that a VDI or snapshot is still there, if only in the trash.

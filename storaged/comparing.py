@@ -16,7 +16,6 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT, OBJECT_SIZE, describe_oid, layer_of
 from sheepfs.core.wire import FLAG_FORWARD, FLAG_SALVAGE, FLAG_YIELD, Buffer, Header, Op
-from storaged import background
 from storaged.copies import Copies
 from storaged.logic.gate import Refusal, check_token
 from storaged.requests import Client
@@ -146,8 +145,7 @@ class Comparing(Copies):
             return found, found.encode()
 
         try:
-            run_sync = background.run_sync if yields else trio.to_thread.run_sync
-            found, body = await run_sync(export)
+            found, body = await trio.to_thread.run_sync(export)
             if yields:
                 self.pacer.served(header.span, len(body))
             client.reply(header, body, version=found.version, span=found.lineage)

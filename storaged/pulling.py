@@ -10,9 +10,8 @@ Always holds:
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Protocol
 
 import trio
 
@@ -30,7 +29,6 @@ from sheepfs.core.geometry import OBJECT_SIZE, describe_oid
 from sheepfs.core.wire import FLAG_SALVAGE, FLAG_YIELD, Header, Op
 from sheepfs.logs import fields
 from sheepfs.net.link import Link
-from storaged import background
 from storaged.comparing import decode_layout
 from storaged.pacing import PIECE, cost
 from storaged.replica import Replica
@@ -45,8 +43,6 @@ RETRY_DELAY_S = 0.1
 PATIENCE_S = 2.0
 """How long a pull waits for a peer to be reachable: requests on the object wait meanwhile."""
 WITNESS_EVERY_S = 0.002
-PAUSE_S = 0.0005
-"""Between two pieces of a copy that no client waits for."""
 FINAL_TRIES = 4
 """How often what changed while an object was fetched is asked for, before it is held for that."""
 YIELD_S = 0.05
@@ -225,7 +221,7 @@ class Pulling:
             finally:
                 replica.release(oid)
         before = store.get(oid)
-        hashes = await self._hashes(oid, quietly=True)
+        hashes = await self._hashes(oid)
         builder = PatchBuilder(hashes)
         try:
             header, is_whole = await self._gather(link, oid, pool, pg, hashes, builder)
@@ -240,7 +236,7 @@ class Pulling:
                         return False
                     is_whole = header.version >= replica.level_of(pool, pg).missed.get(oid, 0)
                     if is_whole:
-                        await self._apply(link.node, oid, pool, pg, header, builder, False, True)
+                        await self._apply(link.node, oid, pool, pg, header, builder, False)
                         return True
                 finally:
                     replica.release(oid)
@@ -292,10 +288,10 @@ class Pulling:
                 pacer.give_back(size - used)
             await trio.sleep(YIELD_S)
 
-    async def _hashes(self, oid: int, quietly: bool = False) -> bytes:
+    async def _hashes(self, oid: int) -> bytes:
         if self._replica.store.get(oid) is None:
             return EMPTY_TABLE
-        digests: bytes = await _in_thread(quietly)(self._replica.store.digests, oid)
+        digests: bytes = await trio.to_thread.run_sync(self._replica.store.digests, oid)
         return digests
 
     async def _ask(
@@ -324,7 +320,6 @@ class Pulling:
         header: Header,
         builder: PatchBuilder,
         exact: bool,
-        quietly: bool = False,
     ) -> None:
         """Patch a held object with what a source said to differ in its version of it."""
         replica, store = self._replica, self._replica.store
@@ -342,7 +337,7 @@ class Pulling:
             await trio.to_thread.run_sync(store.mark, [oid])
         job = store.begin_patch(oid, patch, pool=pool, pg=pg)
         try:
-            await _in_thread(quietly)(job.run, PAUSE_S if quietly else 0.0)
+            await trio.to_thread.run_sync(job.run)
         except BaseException:
             store.leave_patch(job)
             raise
@@ -393,9 +388,4 @@ async def _add(builder: PatchBuilder, body: bytes) -> None:
     if len(body) <= 2 * PIECE:
         builder.add(body)
     else:
-        await background.run_sync(builder.add, body)
-
-
-def _in_thread(quietly: bool) -> Callable[..., Awaitable[Any]]:
-    """Give what runs blocking work, which a client waits for or (`quietly`) does not."""
-    return background.run_sync if quietly else trio.to_thread.run_sync
+        await trio.to_thread.run_sync(builder.add, body)

@@ -12,7 +12,6 @@ Always holds:
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 from sheepfs.core.errors import (
@@ -41,7 +40,6 @@ from storaged.store.sharing import Sharing
 log = logging.getLogger(__name__)
 _CHUNK = 256
 _TRIES = 64
-_PIECE = 128 << 10
 _ALL = SUMS[BLOCKS_PER_OBJECT]
 
 
@@ -58,27 +56,17 @@ class PatchJob:
         self.is_new = is_new
         self.error: OSError | None = None
 
-    def run(self, pause_s: float = 0.0) -> None:
-        """Write the blocks that change. Blocks; `end_patch` tells how it went.
-
-        Args:
-            pause_s: rest for so long after each 128 KiB: new pages cost the kernel milliseconds.
-        """
+    def run(self) -> None:
+        """Write the blocks that change. Blocks; `end_patch` tells how it went."""
+        fd = self.file.fd
         try:
-            self._write(pause_s)
+            for start, end, data in self.patch.steps:
+                if data is None:
+                    self._disk.punch(fd, start * BLOCK_SIZE, (end - start) * BLOCK_SIZE)
+                else:
+                    write_all(self._disk, fd, data, start * BLOCK_SIZE)
         except OSError as error:
             self.error = error
-
-    def _write(self, pause_s: float) -> None:
-        for start, end, data in self.patch.steps:
-            if data is None:
-                self._disk.punch(self.file.fd, start * BLOCK_SIZE, (end - start) * BLOCK_SIZE)
-                continue
-            for at in range(0, len(data), _PIECE):
-                piece = data[at : at + _PIECE]
-                write_all(self._disk, self.file.fd, piece, start * BLOCK_SIZE + at)
-                if pause_s:
-                    time.sleep(pause_s)
 
 
 class Leveller(OnParts):

@@ -31,11 +31,9 @@ from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, 
 from sim.network import SimHost, SimNetwork
 from storaged import (
     agreement,
-    background,
     daemon,
     leader,
     membership,
-    pulling,
     recovery,
     removal,
     selfcheck,
@@ -450,8 +448,6 @@ def determined(world: World, seed: int) -> Iterator[None]:
     put(trio, "CancelScope", mortal(trio.CancelScope))
     put(trio, "move_on_after", mortal(trio.move_on_after))
     put(trio.to_thread, "run_sync", world.threads.run_sync)
-    put(background, "run_sync", world.threads.run_sync)
-    put(pulling, "PAUSE_S", 0.0)
 
     def wall_clock() -> float:
         host = HOST.get()
