@@ -10,7 +10,8 @@ Always holds:
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 import trio
@@ -32,7 +33,7 @@ from sheepfs.net.link import Link
 from storaged.comparing import decode_layout
 from storaged.pacing import PIECE, cost
 from storaged.replica import Replica
-from storaged.store.entry import sibling
+from storaged.store.entry import StoredObject, sibling
 from storaged.store.format import EMPTY_TABLE
 from storaged.store.patch import PatchBuilder
 
@@ -221,36 +222,51 @@ class Pulling:
             finally:
                 replica.release(oid)
         before = store.get(oid)
+        made = before if inherited else None
         hashes = await self._hashes(oid)
         builder = PatchBuilder(hashes)
-        try:
+        async with self._unless_gone(oid, pool, pg, made):
             header, is_whole = await self._gather(link, oid, pool, pg, hashes, builder)
-            for _ in range(FINAL_TRIES):
-                if not is_whole:
+        for _ in range(FINAL_TRIES):
+            if not is_whole:
+                async with self._unless_gone(oid, pool, pg, made):
                     header, body = await self._ask(link, oid, pool, pg, builder.digests)
-                    await _add(builder, body)
-                await replica.take(oid)
-                try:
-                    current = replica.map.pools[pool][pg]
-                    if store.get(oid) is not before or current.changed != group.changed:
-                        return False
-                    is_whole = header.version >= replica.level_of(pool, pg).missed.get(oid, 0)
-                    if is_whole:
-                        await self._apply(link.node, oid, pool, pg, header, builder, False)
-                        return True
-                finally:
-                    replica.release(oid)
+                await _add(builder, body)
+            await replica.take(oid)
+            try:
+                current = replica.map.pools[pool][pg]
+                if store.get(oid) is not before or current.changed != group.changed:
+                    return False
+                is_whole = header.version >= replica.level_of(pool, pg).missed.get(oid, 0)
+                if is_whole:
+                    await self._apply(link.node, oid, pool, pg, header, builder, False)
+                    return True
+            finally:
+                replica.release(oid)
+        return False
+
+    @asynccontextmanager
+    async def _unless_gone(
+        self, oid: int, pool: int, pg: int, made: StoredObject | None
+    ) -> AsyncIterator[None]:
+        """A sync member is asked in the block: if it does not have the object, none is left here.
+
+        Args:
+            made: what was made here to be patched, unless the object was here before.
+        """
+        replica, store = self._replica, self._replica.store
+        try:
+            yield
         except ObjectNotFoundError:
             await replica.take(oid)
             try:
-                if inherited and store.get(oid) is before:
+                if made is not None and store.get(oid) is made:
                     store.delete(oid)  # It never was an object.
                 if oid not in replica.fresh_of(pool, pg):
                     await self._not_there(oid, pool, pg)
             finally:
                 replica.release(oid)
             raise
-        return False
 
     async def _gather(
         self, link: Link, oid: int, pool: int, pg: int, hashes: bytes, builder: PatchBuilder
