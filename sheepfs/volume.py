@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
 import trio
@@ -22,6 +23,7 @@ from sheepfs.convergence import Convergence
 from sheepfs.core.errors import (
     FencedError,
     HeldElsewhereError,
+    ObjectNotFoundError,
     RetryableError,
     SheepError,
     UnreachableError,
@@ -297,16 +299,30 @@ class Volume(MapOwner):
             if problem is not None:
                 raise problem
 
+    async def sweep(self) -> None:
+        """As the holder: remove what former ones made and the map does not name. Raises SheepError.
+
+        Durability: what is found is deleted by the next flush.
+        """
+        await self.load_map()
+        await self._sweep()
+
     async def _sweep(self) -> None:
         """Remove what the former holder made and the map does not name; best effort."""
         replicator, flusher = self.replicator, self.flusher
         if replicator is None or flusher is None:
             return
+        orphans: dict[int, int] = {}
         try:
-            orphans = await find_orphans(replicator, self._map, self.open_layer, self.record.map)
+            for oid in await find_orphans(replicator, self._map, self.open_layer, self.record.map):
+                # Not all members may have got it, or all that was written to it: a deletion is of
+                # one version.
+                state = replicator.state(oid)
+                with suppress(ObjectNotFoundError):
+                    await replicator.open(state)
+                    orphans[oid] = state.version
         except SheepError as error:
             log.warning("%s: orphans of the last holder stay: %s", self.name, error)
-            return
         if orphans:
             log.info("%s: removing %d objects that the map never named", self.name, len(orphans))
             flusher.discarded = {**orphans, **flusher.discarded}

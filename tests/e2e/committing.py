@@ -54,10 +54,14 @@ class Machine:
         assert "GUEST-FAILED" not in text, text[-3000:]
         assert self.process.poll() is None, f"QEMU ended: {text[-3000:]}"
 
-    def boot(self) -> None:
-        """Boot, check the file system and what the databases hold; then it commits more."""
+    def boot(self, *, mend: bool = False) -> None:
+        """Boot, check the file system and what the databases hold; then it commits more.
+
+        Args:
+            mend: have e2fsck mend what the kernel leaves to it after errors.
+        """
         self.boots += 1
-        task = "commit new" if self.boots == 1 else "commit"
+        task = "commit new" if self.boots == 1 else "commit mend" if mend else "commit"
         self._process = self._guest.boot(self.disk, task, self._console)
 
         def checked() -> bool:

@@ -84,6 +84,9 @@ case $(cat /proc/cmdline) in
     ;;
 *task=commit*)
     case $(cat /proc/cmdline) in *new*) mkfs.ext4 -q -F /dev/vda || fail mkfs ;; esac
+    # A guest that met an error marks its file system; from then on the kernel drops what was
+    # deleted and still open, and leaves that to e2fsck, which the start of every system runs.
+    case $(cat /proc/cmdline) in *mend*) e2fsck -f -p /dev/vda; test $? -le 1 || fail mend ;; esac
     # The journal is replayed by the kernel; after that there is nothing to mend.
     mount -t ext4 /dev/vda /mnt && umount /mnt || fail "mount to replay"
     e2fsck -f -n /dev/vda || fail e2fsck

@@ -99,7 +99,7 @@ def test_every_commit_that_a_guest_was_told_of_is_there_whatever_loses_power(
         errors += met
         if met or soak:
             machine.kill()
-            machine.boot()
+            machine.boot(mend=True)
             assert not machine.wait_commits(COMMITS)
         if soak:
             check(powered)
