@@ -255,6 +255,8 @@ def test_a_cut_loses_nothing_and_service_is_back_soon_after_it(
         for process in (writer, taker, fio):
             process.kill()
         fio.wait()
+        if fio.stdout is not None:
+            fio.stdout.close()
     mounted.assert_replicas_agree(name)
     if gives:
         # Objects that the former holder was about to make may be left on some nodes.
