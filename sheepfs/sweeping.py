@@ -8,10 +8,16 @@ Always holds:
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import trio
 
-from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
+from sheepfs.core.errors import (
+    ObjectNotFoundError,
+    ProtocolError,
+    SheepError,
+    UnreachableError,
+)
 from sheepfs.core.geometry import (
     copies_of,
     index_of,
@@ -31,11 +37,14 @@ CALL_TIMEOUT_S = 5.0
 
 async def find_orphans(
     replicator: Replicator, vdi_map: VdiMap, layer: int, map_layer: int
-) -> list[int]:
-    """Give the ids of objects that the map, all of which is loaded, does not name.
+) -> dict[int, int]:
+    """Give object id -> version of objects that the map, all of which is loaded, does not name.
+
+    Their replicas are made equal, since a deletion is of one version: not all members may have got
+    the object, or all that was written to it.
 
     Raises:
-        SheepError: a group's members cannot be asked.
+        SheepError: a group's members cannot be asked, or do not become equal.
     """
     found: dict[int, int] = {}
     pools = replicator.router.map.pools
@@ -55,12 +64,23 @@ async def find_orphans(
         async with trio.open_nursery() as nursery:
             for _ in range(PARALLEL_LISTS):
                 nursery.start_soon(worker)
-    return [
-        oid
-        for oid, version in found.items()
-        if version >> SEQUENCE_BITS < replicator.generation
-        and not _is_named(vdi_map, oid, layer, map_layer)
-    ]
+
+    def is_orphan(oid: int, version: int) -> bool:
+        return version >> SEQUENCE_BITS < replicator.generation and not _is_named(
+            vdi_map, oid, layer, map_layer
+        )
+
+    orphans: dict[int, int] = {}
+    for oid, version in found.items():
+        if not is_orphan(oid, version):
+            continue
+        state = replicator.state(oid)
+        with suppress(ObjectNotFoundError):
+            await replicator.open(state)
+            # A client may have made it anew meanwhile.
+            if is_orphan(oid, state.version):
+                orphans[oid] = state.version
+    return orphans
 
 
 def _is_named(vdi_map: VdiMap, oid: int, layer: int, map_layer: int) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from functools import partial
 
 import trio
@@ -23,7 +22,6 @@ from sheepfs.convergence import Convergence
 from sheepfs.core.errors import (
     FencedError,
     HeldElsewhereError,
-    ObjectNotFoundError,
     RetryableError,
     SheepError,
     UnreachableError,
@@ -312,17 +310,11 @@ class Volume(MapOwner):
         replicator, flusher = self.replicator, self.flusher
         if replicator is None or flusher is None:
             return
-        orphans: dict[int, int] = {}
         try:
-            for oid in await find_orphans(replicator, self._map, self.open_layer, self.record.map):
-                # Not all members may have got it, or all that was written to it: a deletion is of
-                # one version.
-                state = replicator.state(oid)
-                with suppress(ObjectNotFoundError):
-                    await replicator.open(state)
-                    orphans[oid] = state.version
+            orphans = await find_orphans(replicator, self._map, self.open_layer, self.record.map)
         except SheepError as error:
             log.warning("%s: orphans of the last holder stay: %s", self.name, error)
+            return
         if orphans:
             log.info("%s: removing %d objects that the map never named", self.name, len(orphans))
             flusher.discarded = {**orphans, **flusher.discarded}
