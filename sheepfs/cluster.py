@@ -372,6 +372,10 @@ class Cluster:
         """Let everything that a VDI's map names belong to frozen layers, wherever it is held."""
         await self._at_holder(vdi, "freeze")
 
+    async def sweep(self, vdi: int) -> None:
+        """Remove what dead holders left in a VDI's open layer, wherever it is held now."""
+        await self._at_holder(vdi, "sweep")
+
     async def check_exists(self, item: int) -> None:
         """Make sure that a VDI or snapshot is still there, if only in the trash.
 

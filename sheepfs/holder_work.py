@@ -106,5 +106,6 @@ _WORK: dict[str, _Work] = {
         volume, int(words["copies"]), told
     ),
     "resize": lambda of, volume, words, told: volume.resize(int(words["size"])),
+    "sweep": lambda of, volume, words, told: volume.sweep(),
     GIVE_WAY: lambda of, volume, words, told: volume.give_way(),
 }

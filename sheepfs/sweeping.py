@@ -8,10 +8,16 @@ Always holds:
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import trio
 
-from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
+from sheepfs.core.errors import (
+    ObjectNotFoundError,
+    ProtocolError,
+    SheepError,
+    UnreachableError,
+)
 from sheepfs.core.geometry import (
     copies_of,
     index_of,
@@ -34,8 +40,11 @@ async def find_orphans(
 ) -> dict[int, int]:
     """Give object id -> version of objects that the map, all of which is loaded, does not name.
 
+    Their replicas are made equal, since a deletion is of one version: not all members may have got
+    the object, or all that was written to it.
+
     Raises:
-        SheepError: a group's members cannot be asked.
+        SheepError: a group's members cannot be asked, or do not become equal.
     """
     found: dict[int, int] = {}
     pools = replicator.router.map.pools
@@ -55,12 +64,23 @@ async def find_orphans(
         async with trio.open_nursery() as nursery:
             for _ in range(PARALLEL_LISTS):
                 nursery.start_soon(worker)
-    return {
-        oid: version
-        for oid, version in found.items()
-        if version >> SEQUENCE_BITS < replicator.generation
-        and not _is_named(vdi_map, oid, layer, map_layer)
-    }
+
+    def is_orphan(oid: int, version: int) -> bool:
+        return version >> SEQUENCE_BITS < replicator.generation and not _is_named(
+            vdi_map, oid, layer, map_layer
+        )
+
+    orphans: dict[int, int] = {}
+    for oid, version in found.items():
+        if not is_orphan(oid, version):
+            continue
+        state = replicator.state(oid)
+        with suppress(ObjectNotFoundError):
+            await replicator.open(state)
+            # A client may have made it anew meanwhile.
+            if is_orphan(oid, state.version):
+                orphans[oid] = state.version
+    return orphans
 
 
 def _is_named(vdi_map: VdiMap, oid: int, layer: int, map_layer: int) -> bool:
@@ -69,8 +89,16 @@ def _is_named(vdi_map: VdiMap, oid: int, layer: int, map_layer: int) -> bool:
     return layer_of(oid) != layer or vdi_map.get(index_of(oid)) == layer
 
 
-async def _list(replicator: Replicator, pool: int, pg: int, layer: int) -> list[tuple[int, int]]:
-    """List a layer's objects of one group at any of its sync members."""
+async def _list(replicator: Replicator, pool: int, pg: int, layer: int) -> dict[int, int]:
+    """List a layer's objects of one group, as (id, version), at all its sync members.
+
+    What the former holder was about to make may be on one of them alone.
+
+    Raises:
+        SheepError: none of them tells (the last one's reason).
+    """
+    found: dict[int, int] = {}
+    told = 0
     problem: SheepError = UnreachableError(f"no member of group {pg} of pool {pool} can be asked")
     for node in replicator.router.map.pools[pool][pg].sync:
         link = replicator.router.link(node)
@@ -85,9 +113,16 @@ async def _list(replicator: Replicator, pool: int, pg: int, layer: int) -> list[
                 epoch=replicator.router.map.epoch,
                 timeout_s=CALL_TIMEOUT_S,
             )
-            return [(int(row[0]), int(row[1])) for row in rows if layer_of(int(row[0])) == layer]
+            objects = [(int(row[0]), int(row[1])) for row in rows]
         except SheepError as error:
             problem = error
+            continue
         except (TypeError, ValueError, IndexError) as error:
             raise ProtocolError(f"node {node} sent a bad list: {error}") from error
-    raise problem
+        told += 1
+        for oid, version in objects:
+            if layer_of(oid) == layer:
+                found[oid] = max(version, found.get(oid, 0))
+    if not told:
+        raise problem
+    return found

@@ -297,6 +297,17 @@ class Volume(MapOwner):
             if problem is not None:
                 raise problem
 
+    async def sweep(self) -> None:
+        """As the holder: remove what former ones made and the map does not name. Raises SheepError.
+
+        Durability: what is found is deleted by the next flush. Ordering: no snapshot begins
+        meanwhile, since what that freezes is named by another map.
+        """
+        await self._convergence.ended.wait()
+        async with self._capturing:
+            await self.load_map()
+            await self._sweep()
+
     async def _sweep(self) -> None:
         """Remove what the former holder made and the map does not name; best effort."""
         replicator, flusher = self.replicator, self.flusher

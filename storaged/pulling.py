@@ -19,6 +19,7 @@ import trio
 from sheepfs.core.clustermap import ClusterMap, PlacementGroup
 from sheepfs.core.errors import (
     CorruptError,
+    InDoubtError,
     NoSpaceError,
     ObjectNotFoundError,
     RecoveringError,
@@ -33,7 +34,8 @@ from sheepfs.net.link import Link
 from storaged.comparing import decode_layout
 from storaged.pacing import PIECE, cost
 from storaged.replica import Replica
-from storaged.store.entry import StoredObject, sibling
+from storaged.requests import FirstInDoubtError
+from storaged.store.entry import CORRUPT, StoredObject, sibling
 from storaged.store.format import EMPTY_TABLE
 from storaged.store.patch import PatchBuilder
 
@@ -124,6 +126,8 @@ class Pulling:
             exact: also when `source` has an older one.
 
         Raises:
+            FirstInDoubtError: as the other members', the local copy is a suspect, and may be taken
+                as it is.
             SheepError: no sync member gave it (the last one's reason).
         """
         give_up = trio.current_time() + PATIENCE_S
@@ -148,6 +152,7 @@ class Pulling:
         candidates = [n for n in group.sync if n != self._replica.node]
         problem: SheepError = ObjectNotFoundError("the group has no other sync member")
         damaged: list[int] = []
+        doubtful: list[int] = []
         for node in candidates if source is None else [source]:
             try:
                 link = self._source(pg, group, node)
@@ -158,8 +163,13 @@ class Pulling:
             except CorruptError as error:
                 problem = error
                 damaged.append(node)
+            except InDoubtError as error:
+                problem = error
+                doubtful.append(node)
             except SheepError as error:
                 problem = error
+        if doubtful or damaged:
+            self._judge_doubt(oid, group, damaged, doubtful)
         if self._replica.node not in group.joining or group.away or damaged != candidates:
             return problem  # One who is expected back may have what the others lack.
         try:
@@ -172,6 +182,28 @@ class Pulling:
             extra=fields(event="salvaged", object=describe_oid(oid), node=damaged[0]),
         )  # fmt: skip
         return None
+
+    def _judge_doubt(
+        self, oid: int, group: PlacementGroup, damaged: list[int], doubtful: list[int]
+    ) -> None:
+        """End a pull for a copy that is no better than what the others have; they may wait for it.
+
+        Raises:
+            FirstInDoubtError: the copy here may be taken as it is.
+            InDoubtError: another one is to be.
+            CorruptError: the copy here is none.
+        """
+        replica = self._replica
+        own = replica.store.get(oid)
+        if own is None or not own.suspect or replica.node not in group.sync:
+            return
+        if own.state == CORRUPT:
+            raise CorruptError(f"{describe_oid(oid)}: the header is damaged, and no copy is whole")
+        before = group.sync[: group.sync.index(replica.node)]
+        if len(damaged) + len(doubtful) == len(group.sync) - 1 and not {*before} & {*doubtful}:
+            raise FirstInDoubtError(f"{describe_oid(oid)}: the copies of all members are in doubt")
+        if doubtful:
+            raise InDoubtError(f"{describe_oid(oid)}: an earlier member's copy comes first")
 
     async def _pull_from(
         self, link: Link, oid: int, pool: int, pg: int, exact: bool, flags: int = 0

@@ -5,6 +5,8 @@ Always holds:
 - Requests on one object are carried out in the order in which they came; while an object is
   `held` (being marked, pulled or laundered) they queue.
 - Who waits for another object while it holds one waits for a limited time only.
+- Nobody waits for a copy that waits for another copy of the same object: two would wait for each
+  other for ever.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import (
     CorruptError,
     DiskError,
+    InDoubtError,
     RecoveringError,
     SheepError,
     Status,
@@ -29,7 +32,7 @@ from sheepfs.core.wire import HEADER_SIZE, Buffer, Header, Op
 from storaged.logic.catchup import Level, Levels
 from storaged.logic.gate import Gate, Refusal
 from storaged.pacing import Pacer
-from storaged.store.entry import CORRUPT
+from storaged.store.entry import CORRUPT, SUSPECT
 from storaged.store.objects import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ class Puller(Protocol):
             exact: also when `source` has an older one.
 
         Raises:
+            FirstInDoubtError: all are in doubt, and this one may be taken as it is.
             SheepError: none can give it.
         """
         ...
@@ -79,6 +83,10 @@ class Puller(Protocol):
     async def witness(self, oid: int, pool: int, pg: int, version: int) -> None:
         """Note a change as missed that a sync member has. Raises SheepError if none has it."""
         ...
+
+
+class FirstInDoubtError(InDoubtError):
+    """No sync member has a copy beyond doubt; this node is the first that has one at all."""
 
 
 class Request(NamedTuple):
@@ -132,6 +140,8 @@ class Requests:
         """Objects that peers wait for a change of."""
         self._repairing: set[int] = set()
         """Held objects whose damage is being repaired from a peer."""
+        self._asking: set[int] = set()
+        """Held objects of which peers are asked for their copies."""
         self._freed: set[int] = set()
         """Objects whose heirs have their own copies, about to be deleted."""
         self._released: dict[int, trio.Event] = {}
@@ -179,10 +189,11 @@ class Requests:
         """Carry out one request, now or when its object is free; always ends in one reply."""
         held = self._held.get(header.oid)
         if held is not None and header.op != Op.READ:
-            if header.op == Op.PULL and header.oid in self._repairing:
-                # Two that repair their copies from each other must not wait for each other.
-                client.reply(header, b"this copy is damaged, too", Status.CORRUPT)
-                return
+            if header.op == Op.PULL:
+                problem = self._unfit(header.oid)
+                if problem is not None:
+                    self.fail(client, header, problem)
+                    return
             self._queue(held, client, header, payload)
             return
         try:
@@ -191,6 +202,16 @@ class Requests:
             self._refuse(client, header, refusal)
         except SheepError as error:
             self.fail(client, header, error)
+
+    def _unfit(self, oid: int) -> SheepError | None:
+        """Tell why a peer must not wait for a held object's copy, if it must not."""
+        if oid in self._asking:
+            entry = self.store.get(oid)
+            if entry is not None and entry.state == SUSPECT:
+                return InDoubtError("this copy is in doubt, too")
+            if entry is None or entry.suspect or oid in self._repairing:
+                return CorruptError("this copy is damaged, too")
+        return None
 
     def _queue(self, held: deque[Request], client: Client, header: Header, payload: Buffer) -> None:
         client.hold(HEADER_SIZE + len(payload))
@@ -317,7 +338,11 @@ class Requests:
     ) -> None:
         if self.puller is None:
             raise RecoveringError("this node has no way to reach its peers yet")
-        await self.puller.pull(oid, pool, pg, source, exact=exact)
+        self._asking.add(oid)
+        try:
+            await self.puller.pull(oid, pool, pg, source, exact=exact)
+        finally:
+            self._asking.discard(oid)
 
     def _miss(self, client: Client, header: Header, payload: Buffer) -> None:
         """A change of an object that this joining node lacks: the copy to come will have it.
@@ -345,10 +370,19 @@ class Requests:
             )
 
     async def _resolve(self, oid: int, pool: int, pg: int) -> None:
-        """A peer that stayed knows better; if there is none, this copy is the truth (I8)."""
-        if len(self.map.pools[pool][pg].sync) > 1:
-            await self._bring_level(oid, pool, pg)
-            return
+        """A peer that stayed knows better; if there is none, this copy is the truth (I8).
+
+        A change that failed half-way at all members leaves suspects only. Each has all that was
+        acknowledged, so any may be the truth: the first is, and the others follow it.
+        """
+        sync = self.map.pools[pool][pg].sync
+        if len(sync) > 1:
+            try:
+                await self._bring_level(oid, pool, pg)
+                return
+            except FirstInDoubtError:
+                if self.map.pools[pool][pg].sync != sync:
+                    raise
         entry = self.store.get(oid)
         if entry is not None and entry.state == CORRUPT:
             raise CorruptError(f"{describe_oid(oid)}: the only copy has a damaged header")

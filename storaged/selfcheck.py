@@ -150,7 +150,7 @@ class SelfCheck:
     async def _resolve(self, oid: int, pool: int, pg: int) -> None:
         """Learn from a peer what a suspect holds; the only copy waits for who uses it (I8)."""
         if self.is_mine(pool, pg) and len(self._replica.map.pools[pool][pg].sync) > 1:
-            await self._replica.level(oid, pool, pg)
+            await self._replica.trust(oid, pool, pg)
             await self._replica.flush_store(layer_of(oid))
 
     async def _mend(self, oid: int, pool: int, pg: int, found: Checked) -> None:

@@ -145,13 +145,14 @@ class ClusterCheck:
     async def repair(self, findings: Findings) -> None:
         """Have replicas that lack objects pull them, and orphans removed; returns when done.
 
-        A VDI whose holder died and that nobody opened since is opened: only a holder can tell
-        what of the open layer no map names.
+        A VDI whose holder died and that nobody opened since is opened, and holders are asked: only
+        a holder can tell what of the open layer no map names.
 
         Raises:
             SheepError: etcd or a node does not answer.
         """
         await self._level_unclean()
+        await self._sweep({layer_of(oid) for oid in findings.orphans})
         router = self._cluster.router
         for oid, nodes in findings.missing.items():
             pool = pool_of(oid)
@@ -179,6 +180,13 @@ class ClusterCheck:
                 continue
             with suppress(VdiNotFoundError, HeldElsewhereError):
                 await level(self._cluster, vdi)
+
+    async def _sweep(self, layers: set[int]) -> None:
+        """Only the holder can tell what of an open layer is of no use."""
+        for _, record, _ in await self._cluster.catalog.vdis():
+            if layers.intersection((record.layer, record.map)):
+                with suppress(VdiNotFoundError):
+                    await self._cluster.sweep(record.id)
 
 
 def _excused(families: dict[int, Roots]) -> set[int]:

@@ -24,6 +24,7 @@ class Status(IntEnum):
     RECOVERING = 4
     NOT_LEADER = 5
     BUSY = 6
+    IN_DOUBT = 7
     FENCED = 16
     NOT_FOUND = 17
     CORRUPT = 18
@@ -73,6 +74,12 @@ class RecoveringError(RetryableError):
     """The object is being pulled from a peer."""
 
     status = Status.RECOVERING
+
+
+class InDoubtError(RetryableError):
+    """The copy asked for is a suspect that waits for what other copies say."""
+
+    status = Status.IN_DOUBT
 
 
 class NotLeaderError(RetryableError):
@@ -196,6 +203,7 @@ _BY_STATUS: dict[Status, type[SheepError]] = {
         StaleObjectError,
         NotMemberError,
         RecoveringError,
+        InDoubtError,
         NotLeaderError,
         RetryableError,
         FencedError,

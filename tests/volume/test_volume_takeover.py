@@ -14,7 +14,7 @@ from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
-from sheepfs.core.geometry import OBJECT_SIZE, data_object
+from sheepfs.core.geometry import OBJECT_SIZE, data_object, pg_of
 from sheepfs.core.wire import Op
 
 OID = data_object(LAYER, 1)
@@ -64,6 +64,56 @@ async def test_a_holder_that_left_before_it_compared_all_leaves_that_to_the_next
         await mount.volume.detach()
         assert not etcd.record.clean
         assert await mount.read(OBJECT_SIZE, BLOCK) == b"b" * BLOCK
+        assert on_disk(cluster) == {b"b" * BLOCK}
+
+
+MADE = data_object(LAYER, 2)
+
+
+def make_unnamed(cluster: StaticCluster, nodes: tuple[int, ...]) -> None:
+    """Make an object that no map names on some nodes, as a holder does that dies before a flush."""
+    for number in nodes:
+        store = cluster.nodes[number].store
+        last = store.get(OID)
+        assert last is not None
+        store.mark([MADE])
+        pg = pg_of(MADE, len(cluster.map.pools[3]))
+        store.write(MADE, 0, b"n" * BLOCK, last.version + 1, create=True, pool=3, pg=pg)
+
+
+async def wait_swept(cluster: StaticCluster) -> None:
+    await wait_until(lambda: all(n.store.get(MADE) is None for n in cluster.nodes.values()))
+
+
+async def test_a_holder_removes_what_is_of_no_use_when_it_is_asked_to(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        mount = StaticMount(cluster, StaticRecord())
+        await mount.start()
+        await mount.write(OBJECT_SIZE, b"a" * BLOCK)
+        await mount.volume.detach()
+        make_unnamed(cluster, (3,))
+        await mount.volume.attach()
+        assert not mount.volume.converging, "it was left in order"
+        await mount.volume.sweep()
+        await mount.flush()
+        await wait_swept(cluster)
+        assert on_disk(cluster) == {b"a" * BLOCK}
+
+
+@pytest.mark.parametrize("nodes", [(1,), (2,), (3,), (2, 3)])
+async def test_what_a_holder_was_about_to_make_goes_wherever_it_is(
+    tmp_path: Path, nodes: tuple[int, ...]
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        await leave_differing(cluster, etcd)
+        make_unnamed(cluster, nodes)
+        mount = StaticMount(cluster, etcd)
+        await mount.start()
+        await mount.volume.attach()
+        await wait_until(lambda: not mount.volume.converging)
+        await mount.flush()
+        await wait_swept(cluster)
         assert on_disk(cluster) == {b"b" * BLOCK}
 
 
