@@ -49,7 +49,7 @@ class StaticRecord:
 
 
 class StaticMount:
-    """One mount with the VDI open; implements `sheepfs.volume.Attacher`."""
+    """One mount with the VDI open; implements `sheepfs.holding.Attacher`."""
 
     def __init__(self, cluster: StaticCluster, etcd: StaticRecord) -> None:
         self.cluster = cluster
@@ -89,7 +89,7 @@ class StaticMount:
         if self.etcd.holder is self:
             self.etcd.holder = None
 
-    # -- sheepfs.volume.Attacher ------------------------------------------------------------
+    # -- sheepfs.holding.Attacher ------------------------------------------------------------
 
     async def attach(self, vdi: int, *, gives_way: bool = False) -> Attachment:
         """Hold the VDI and fence the former holder."""

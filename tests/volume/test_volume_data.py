@@ -13,7 +13,7 @@ import trio
 from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
-from sheepfs import flusher, volume
+from sheepfs import flusher, recording
 from sheepfs.callbacks import OperationError
 from sheepfs.core.errors import HeldElsewhereError, NoSpaceError, SheepError
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, map_object
@@ -403,7 +403,7 @@ async def test_an_object_that_is_read_while_it_is_discarded_goes_before_the_deta
 async def test_a_holder_asks_for_reclaim_of_what_it_overwrites(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(volume, "RECLAIM_EVERY_S", 0.02)
+    monkeypatch.setattr(recording, "RECLAIM_EVERY_S", 0.02)
     async with mounted(tmp_path, 2 * OBJECT_SIZE) as (_, here, _):
         await here.write(0, A)
         await here.snapshot()
