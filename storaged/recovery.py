@@ -32,9 +32,10 @@ from sheepfs.core.errors import (
 from sheepfs.core.geometry import describe_oid
 from sheepfs.core.wire import Op
 from sheepfs.logs import fields
+from storaged.fetching import Fetching
 from storaged.logic.catchup import Level, Listed, Plan, plan, waves
 from storaged.logic.progress import Group, Progress
-from storaged.pulling import PULL_TIMEOUT_S, RETRY_DELAY_S, Peers, Pulling
+from storaged.pulling import PULL_TIMEOUT_S, RETRY_DELAY_S, Peers
 from storaged.replica import Replica
 from storaged.store.format import META_SIZE
 
@@ -62,7 +63,7 @@ class JoinedGroup:
     changed: int
 
 
-class Recovery(Pulling):
+class Recovery(Fetching):
     """Catches up with groups, for one node."""
 
     def __init__(
