@@ -1,4 +1,4 @@
-"""One storage daemon: its parts, wired together, from start to clean stop.
+"""One storage daemon, from start to clean stop.
 
 Start: open the data directory, learn the cluster from etcd, listen, announce, follow the map.
 Clean stop: withdraw (the leader votes this node out, so nobody waits for it), flush, close.
@@ -7,53 +7,34 @@ A disk error ends the daemon at once and uncleanly: its peers have the data (I5)
 
 from __future__ import annotations
 
-import json
 import logging
 import socket as stdlib_socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import trio
 
-from sheepfs import __version__
-from sheepfs.core.clustermap import ClusterMap, Node, NodeState
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError
 from sheepfs.core.keys import Keys
-from sheepfs.core.metadata import ClusterConfig, RecoveryRecord, ScrubRecord
-from sheepfs.core.wire import Buffer, Header, Op
+from sheepfs.core.metadata import ClusterConfig
 from sheepfs.logs import fields, watch_slow
-from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
 from sheepfs.net.exporter import Exporter
-from sheepfs.net.router import Router
 from sheepfs.net.store import Store, parse_endpoints
 from sheepfs.net.transport import TCP, Network
-from storaged.control import Control
-from storaged.leader import Leader
-from storaged.leftovers import Leftovers
 from storaged.membership import (
     REMOVED,
     Announcer,
-    MapFollower,
     ensure_config,
     refuse_removed,
     register,
 )
-from storaged.metrics import node_metrics
-from storaged.ping import ping
-from storaged.reclaim import Reclaimer
-from storaged.recovery import JoinedGroup, Recovery, encode_joined
-from storaged.removal import Removal
-from storaged.replica import Replica
-from storaged.restored import EpochMemory, refuse_restored
-from storaged.scrub import Scrubber
-from storaged.server import ClientConnection, Server
-from storaged.settings import Setting
+from storaged.restored import refuse_restored
 from storaged.store.disk import Disk
 from storaged.store.objects import ObjectStore
+from storaged.wiring import Parts
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +151,7 @@ class Daemon:
         metrics = await TCP.listen(options.metrics) if options.metrics else None
         announcer = Announcer(store, keys, node, address, zone, weight)
         async with trio.open_nursery() as nursery:
-            parts = _Parts(
+            parts = Parts(
                 *(store, keys, config, objects, announcer, network, nursery),
                 *(self._fail, self._removed),
             )
@@ -201,7 +182,7 @@ class Daemon:
                 await self._leave(parts, announcer)
             nursery.cancel_scope.cancel()
 
-    async def _leave(self, parts: _Parts, announcer: Announcer) -> None:
+    async def _leave(self, parts: Parts, announcer: Announcer) -> None:
         """Serve on until the leader has voted this node out, so that no write waits for it."""
         log.info("stopping: leaving the cluster")
         await announcer.withdraw()
@@ -222,182 +203,6 @@ class Daemon:
         log.warning("leaving: this node was removed from the cluster")
         self._is_removed = True
         self._stop.set()
-
-
-class _Parts:
-    """The parts of a running daemon and what passes between them."""
-
-    def __init__(
-        self,
-        store: Store,
-        keys: Keys,
-        config: ClusterConfig,
-        objects: ObjectStore,
-        announcer: Announcer,
-        network: Network,
-        nursery: trio.Nursery,
-        on_disk_error: Callable[[SheepError], None],
-        on_removal: Callable[[], None],
-    ) -> None:
-        node = announcer.node
-        self._on_removal = on_removal
-        self._held_until = 0.0
-        self.map_changed = trio.Event()
-        self._objects = objects
-        self._announcer = announcer
-        self.replica = Replica(objects, node, announcer.incarnation, nursery, on_disk_error)
-        self.follower = MapFollower(store, keys, config.cluster, self._on_map)
-        self.epochs = EpochMemory(objects, on_disk_error)
-        self.router = Router(config.cluster, self._no_map, node, network)
-        self.router.on_map.append(lambda old, new: self._take(new))
-        self.recovery_setting = Setting(store, keys.setting("recovery"), RecoveryRecord())
-        self.replica.pacer.follow(lambda: self.recovery_setting.value)
-        self.recovery = Recovery(self.replica, self.router, self._tell_joined)
-        self.replica.puller = self.recovery
-
-        async def ping_run(address: str, incarnation: int) -> bool:
-            return await ping(address, incarnation, config.cluster, network)
-
-        self.leader = Leader(
-            store,
-            keys,
-            config,
-            announcer,
-            ping_run,
-            self._take,
-            out_after_s=lambda: self.recovery_setting.value.out_after_s,
-            served=lambda: self.replica.map.epoch,
-        )
-        self.removal = Removal(self.replica, nursery)
-        self.leftovers = Leftovers(self.replica, self.router)
-        catalog = Catalog(store, keys)
-
-        async def check_etcd() -> None:
-            await refuse_restored(store, keys, objects, self.replica.map.epoch)
-
-        self.reclaimer = Reclaimer(
-            *(catalog, self.replica, self.removal, self.leader, self.router), check_etcd
-        )
-        scrubbing = Setting(store, keys.setting("scrub"), ScrubRecord())
-        self.scrubber = Scrubber(self.replica, self.router, catalog, scrubbing)
-        self.control = Control(
-            self.leader, lambda: self.replica.map, self._take, self._status, self._holder
-        )
-        handlers: dict[int, Any] = {op: self.replica.handle for op in self.replica.handlers}
-        handlers[Op.RECLAIM] = self.removal.handle
-        handlers[Op.USAGE] = self.removal.usage
-        handlers[Op.SCRUB] = self.scrubber.handle
-        handlers[Op.TRAFFIC] = self._tell_traffic
-        self.server = Server(config.cluster, {**handlers, **self.control.handlers}, self._greet)
-
-    def is_serving(self) -> bool:
-        """Tell whether the map still names this run as a member of anything."""
-        known = self.replica.map.nodes.get(self._announcer.node)
-        return (
-            known is not None
-            and known.incarnation == self._announcer.incarnation
-            and known.state is not NodeState.DOWN
-        )
-
-    def _greet(self) -> dict[str, Any]:
-        return {
-            "node": self._announcer.node,
-            "incarnation": self._announcer.incarnation,
-            "epoch": self.replica.map.epoch,
-        }
-
-    async def _no_map(self) -> ClusterMap | None:
-        """The follower reads the map from etcd; the router need not."""
-        return None
-
-    def _take(self, cluster_map: ClusterMap) -> None:
-        self.follower.take(cluster_map)
-
-    def _on_map(self, cluster_map: ClusterMap) -> None:
-        node = self._announcer.node
-        if node in self.replica.map.nodes and node not in cluster_map.nodes:
-            # Nodes that are only down stay in the map.
-            self._on_removal()
-        self._note_hold(cluster_map.nodes.get(node))
-        self.replica.set_map(cluster_map)
-        self.epochs.note(cluster_map.epoch)
-        self.router.take_map(cluster_map)
-        self.recovery.map_changed()
-        self.server.publish(cluster_map)
-        self.map_changed.set()
-        self.map_changed = trio.Event()
-
-    def _note_hold(self, me: Node | None) -> None:
-        """Say why this node is not let in (I12)."""
-        until = me.held_until if me is not None and me.state is NodeState.DOWN else 0.0
-        if me is not None and until > me.down_since and until != self._held_until:
-            log.warning(
-                "this node came back %d times within a short time: it is held out of the cluster"
-                " for %.0f s", me.returns, until - me.down_since,
-            )  # fmt: skip
-        self._held_until = until
-
-    async def _tell_joined(self, groups: list[JoinedGroup]) -> None:
-        """Tell the leader, whoever of us it is."""
-        node, incarnation = self._announcer.node, self._announcer.incarnation
-        if self.leader.is_leader:
-            self.leader.joined(node, incarnation, groups)
-            return
-        body = encode_joined(node, incarnation, groups)
-        for link in list(self.router.links.values()):
-            try:
-                await link.call(Op.JOINED, body, timeout_s=1)
-                return
-            except SheepError as error:
-                log.debug("node %d does not take the report: %s", link.node, error)
-
-    def _tell_traffic(self, client: ClientConnection, header: Header, payload: Buffer) -> None:
-        record = self._announcer.record
-        me = {"node": record.id, "incarnation": record.incarnation, "at": trio.current_time()}
-        head = json.dumps({**me, **self.server.traffic.encode()})
-        mounts = self.control.mounts.encoded()
-        client.reply(header, head[:-1].encode() + b', "mounts": ' + mounts + b"}")
-
-    def metrics(self) -> Iterator[str]:
-        """Give this daemon's metrics in pieces (storaged.metrics)."""
-        stalled = len(self.control.stalled_volumes())
-        return node_metrics(self._status(), self.server.traffic, stalled, self.replica.map)
-
-    def _holder(self, vdi: int) -> str:
-        name = self.replica.holders.get(vdi, "")
-        return name if name and self.server.is_present(name) else ""
-
-    def _status(self) -> dict[str, Any]:
-        usage = self._objects.usage()
-        counters = self.replica.counters
-        record = self._announcer.record
-        progress = self.recovery.progress.status(trio.current_time())
-        return {
-            "node": record.id,
-            "incarnation": record.incarnation,
-            "address": record.address,
-            "zone": record.zone,
-            "weight": record.weight,
-            "epoch": self.replica.map.epoch,
-            "leader": self.leader.is_leader,
-            "objects": usage.objects,
-            "used": usage.used_by_objects,
-            "total": usage.total,
-            "free": usage.free,
-            "quarantined": usage.quarantined,
-            "corrupt_blocks": counters.corrupt_blocks,
-            "repaired_blocks": counters.repaired_blocks,
-            "restored_objects": counters.restored_objects,
-            "laundered_objects": counters.laundered_objects,
-            "pulled_objects": counters.pulled_objects,
-            "pulled_bytes": counters.pulled_bytes,
-            "suspects": len(self._objects.suspects()),
-            "joining": progress["groups_left"],
-            "recovery": progress,
-            "scrub": self.scrubber.status(),
-            "version": __version__,
-            **self.server.statistics(),
-        }
 
 
 def _capacity(objects: ObjectStore) -> float:

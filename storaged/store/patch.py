@@ -97,7 +97,7 @@ class PatchBuilder:
         return _ALL.pack(*self._sums)
 
     def add(self, piece: Buffer) -> None:
-        """Take the payload of a reply to PULL. Hashes: 20 us for each 256 KiB.
+        """Take the payload of a reply to PULL. Hashes: 40 us for each 256 KiB.
 
         Raises:
             ProtocolError: it does not fit itself or those before.

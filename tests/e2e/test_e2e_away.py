@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import pytest
 
 from e2e.cluster import Mounted, missing_for_mount
-from e2e.test_e2e_kill_under_load import assert_fio_was_well, fio_argv
+from e2e.load import longest_wait_s, verifying
+from e2e.test_e2e_kill_under_load import LONGEST_STALL_S
 from sheepfs_tools.local_cluster import LocalCluster
 from sheepfs_tools.processes import wait_for
 
@@ -93,21 +93,12 @@ def test_a_node_that_stays_away_under_load_is_made_up_for_by_the_others(
     runtime_s = 300.0 if soak else 30.0
     path = five.create("load", "256M")
     cluster.sheepctl("cluster", "recovery", "--out-after", "2s")
-    fio = subprocess.Popen(
-        fio_argv(path, "4k", runtime_s), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        wait_for(lambda: path.stat().st_blocks > 0, 10, "fio to write")
+    with verifying(path, "4k", runtime_s) as fio:
         cluster.nodes[5].kill()
         wait_for(lambda: lacking(five), 10, "the node to be missed")
         wait_for(lambda: not lacking(five), runtime_s * 2, "all copies to be there again")
         assert row_of(five, 5)["state"] == "down"
         print(f"whole again {'beside' if fio.poll() is None else 'after'} fio")
-        assert_fio_was_well(fio, runtime_s * 3 + 120)
-    finally:
-        fio.kill()
-        fio.wait()
-        if fio.stdout is not None:
-            fio.stdout.close()
+        assert longest_wait_s(fio, runtime_s * 3 + 120) < LONGEST_STALL_S
     done = cluster.sheepctl("vdi", "check", "load", "--deep", check=False, timeout_s=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,8 +21,8 @@ import pytest
 
 from e2e import partition
 from e2e.cluster import Mounted, missing_for_mount
+from e2e.load import end_fio, longest_wait_s, start_fio
 from e2e.partition import Hosts, HostsCluster
-from e2e.test_e2e_kill_under_load import fio_argv
 from e2e.witness import StampingWriter, Taker, assert_nothing_lost, now
 from sheepfs.holding import LEASE_TTL_S
 from sheepfs_tools.processes import wait_for
@@ -80,14 +80,7 @@ class Partitioned:
         path = self.mounted.path / self.new_vdi("load", f"{mib}M")
         # Slow enough not to come to the end: it would open the file again, which needs etcd.
         rate = int(0.8 * mib * 256 / runtime_s)
-        fio = subprocess.Popen(
-            [*fio_argv(path, "4k", runtime_s, f"{mib}M"), f"--rate_iops={rate}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        wait_for(lambda: path.stat().st_blocks > 0, 20, "fio to write")
-        return fio
+        return start_fio(path, "4k", runtime_s, f"{mib}M", f"--rate_iops={rate}")
 
     def part(self, name: str) -> str:
         """Give the host of a part: `leader`, `follower` and `third` are nodes."""
@@ -248,15 +241,13 @@ def test_a_cut_loses_nothing_and_service_is_back_soon_after_it(
         assert taker.read_again() == before
         taker.let_go()
         if not any(cut.hides for cut in cuts):
-            _assert_no_error(fio, 120)
+            longest_wait_s(fio, 120)
         assert back - healed < BACK_S
     finally:
         place.hosts.heal()
-        for process in (writer, taker, fio):
+        for process in (writer, taker):
             process.kill()
-        fio.wait()
-        if fio.stdout is not None:
-            fio.stdout.close()
+        end_fio(fio)
     mounted.assert_replicas_agree(name)
     if gives:
         # Objects that the former holder was about to make may be left on some nodes.
@@ -295,7 +286,7 @@ def test_io_goes_on_while_etcd_is_away_and_nothing_changes_when_it_is_back(
             print(f"\n  etcd {how} for {away_s:g} s: {figures}, hold back after {back_s:.1f} s")
         assert writer.failed() is None
         assert stall_s < baseline_s + STALL_S
-        assert _assert_no_error(fio, 120) < baseline_s + STALL_S
+        assert longest_wait_s(fio, 120) < baseline_s + STALL_S
         assert mounted.status()["epoch"] == epoch
         writer.kill()
         taker = place.taker(name)
@@ -304,9 +295,8 @@ def test_io_goes_on_while_etcd_is_away_and_nothing_changes_when_it_is_back(
         taker.let_go()
     finally:
         etcd.signal(signal.SIGCONT)
-        for process in (writer, fio):
-            process.kill()
-        fio.wait()
+        writer.kill()
+        end_fio(fio)
     mounted.assert_replicas_agree(name)
 
 
@@ -327,12 +317,3 @@ def _wait_back(writer: StampingWriter, healed: float) -> float:
     found = moment()
     assert found is not None
     return found
-
-
-def _assert_no_error(fio: subprocess.Popen[str], timeout_s: float) -> float:
-    """Give fio's longest wait in seconds."""
-    output, _ = fio.communicate(timeout=timeout_s)
-    assert fio.returncode == 0, output[-3000:]
-    job = json.loads(output[output.index("{") :])["jobs"][0]
-    assert job["error"] == 0
-    return float(max(job[side]["clat_ns"]["max"] for side in ("read", "write")) / 1e9)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from e2e import stamping
+from e2e.load import longest_wait_s, verifying
 from e2e.power import Powered, missing
 from e2e.stamping import BLOCK, STAMP
-from e2e.test_e2e_kill_under_load import fio_argv
 from sheepfs_tools.processes import wait_for
 
 
@@ -35,21 +35,10 @@ def test_fio_notices_nothing_when_one_node_after_the_other_loses_power(
     rounds = 20 if soak else 2
     mounted = powered.mounted
     path = mounted.create("load", "256M")
-    fio = subprocess.Popen(
-        fio_argv(path, "4k", 4.0 * rounds + 5),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        wait_for(lambda: path.stat().st_blocks > 0, 10, "fio to write")
+    with verifying(path, "4k", 4.0 * rounds + 5) as fio:
         for turn in range(rounds):
             powered.cut(turn % 3 + 1)
-        output, _ = fio.communicate(timeout=600)
-        assert fio.returncode == 0, output[-3000:]
-    finally:
-        fio.kill()
-        fio.wait()
+        longest_wait_s(fio, 600)
     mounted.assert_replicas_agree("load")
 
 

@@ -31,13 +31,13 @@ from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, 
 from sim.network import SimHost, SimNetwork
 from storaged import (
     agreement,
-    daemon,
     leader,
     membership,
     recovery,
     removal,
     selfcheck,
     server,
+    wiring,
 )
 from storaged.daemon import Daemon, Machine, Options
 from storaged.logic.scrub import DAY_S
@@ -460,7 +460,7 @@ def determined(world: World, seed: int) -> Iterator[None]:
         {**(leader.Leader.__init__.__kwdefaults__ or {}), "wall": wall_clock},
     )
     setting = partial(RecoveryRecord, out_after_s=world.out_after_s, parallel=world.parallel)
-    put(daemon, "RecoveryRecord", setting)
+    put(wiring, "RecoveryRecord", setting)
     for (module, name), value in world.knobs.items():
         put(module, name, value)
     if not world.hints:
