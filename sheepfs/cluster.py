@@ -27,20 +27,20 @@ from sheepfs.core.keys import Keys
 from sheepfs.core.metadata import RequestRecord, SnapshotRecord, VdiRecord
 from sheepfs.core.names import split_name
 from sheepfs.core.wire import Op
-from sheepfs.frozen import FrozenVolume, snapshot_attributes
-from sheepfs.holder_requests import Progress, delete_vdi, ignore_progress
-from sheepfs.holder_work import HolderWork
-from sheepfs.holding import Holding
+from sheepfs.holding.holding import Holding
+from sheepfs.holding.requests import Progress, delete_vdi, ignore_progress
+from sheepfs.holding.work import HolderWork
+from sheepfs.layers.rewriting import Rewriting
+from sheepfs.layers.sharing import copy_range
+from sheepfs.layers.snapshots import Snapshots
 from sheepfs.listing import Listing, Named
 from sheepfs.mount_metrics import mount_metrics
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.link import next_request
 from sheepfs.net.router import Router
 from sheepfs.net.store import Store
-from sheepfs.rewriting import Rewriting
-from sheepfs.sharing import copy_range
-from sheepfs.snapshots import Snapshots
-from sheepfs.volume import Volume
+from sheepfs.volume.frozen import FrozenVolume, snapshot_attributes
+from sheepfs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
 
@@ -343,7 +343,7 @@ class Cluster:
     async def _at_holder(
         self, vdi: int, what: str, told: Progress = ignore_progress, **arguments: str
     ) -> None:
-        """Do something as the VDI's holder, or have its holder do it (`sheepfs.holder_work`)."""
+        """Do something as the VDI's holder, or have its holder do it (`sheepfs.holding.work`)."""
         async with self._opened_vdi(vdi) as volume:
             await self._work.do(volume, what, arguments, told)
         self._listing.forget()

@@ -7,13 +7,13 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from sheepfs import holder_requests
-from sheepfs.abandoned import level_abandoned
 from sheepfs.accounts import Reporter
 from sheepfs.cluster import START_TIMEOUT_S, Cluster
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import UnreachableError
 from sheepfs.core.keys import Keys
+from sheepfs.holding import requests as holder_requests
+from sheepfs.holding.abandoned import level_abandoned
 from sheepfs.logs import watch_slow
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd

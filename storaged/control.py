@@ -11,13 +11,13 @@ import trio
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import NotLeaderError, UsageError
 from sheepfs.core.wire import Buffer, Header, Op
-from storaged.recovery import JoinedGroup, parse_joined
+from storaged.recovery.recovery import JoinedGroup, parse_joined
 from storaged.reports import MountReports
 from storaged.server import ClientConnection, Handler, json_object
 
 
 class Leading(Protocol):
-    """The leader's ear (storaged.leader); every daemon has one, one of them leads."""
+    """The leader's ear (storaged.membership.leader); every daemon has one, one of them leads."""
 
     @property
     def is_leader(self) -> bool:

@@ -24,14 +24,14 @@ from sheepfs.net.etcd import Etcd
 from sheepfs.net.exporter import Exporter
 from sheepfs.net.store import Store, parse_endpoints
 from sheepfs.net.transport import TCP, Network
-from storaged.membership import (
+from storaged.membership.membership import (
     REMOVED,
     Announcer,
     ensure_config,
     refuse_removed,
     register,
 )
-from storaged.restored import refuse_restored
+from storaged.membership.restored import refuse_restored
 from storaged.store.disk import Disk
 from storaged.store.objects import ObjectStore
 from storaged.wiring import Parts

@@ -20,19 +20,19 @@ from sheepfs.net.router import Router
 from sheepfs.net.store import Store
 from sheepfs.net.transport import Network
 from storaged.control import Control
-from storaged.leader import Leader
-from storaged.leftovers import Leftovers
-from storaged.membership import Announcer, MapFollower
+from storaged.membership.leader import Leader
+from storaged.membership.membership import Announcer, MapFollower
+from storaged.membership.ping import ping
+from storaged.membership.restored import EpochMemory, refuse_restored
 from storaged.metrics import node_metrics
-from storaged.ping import ping
-from storaged.reclaim import Reclaimer
-from storaged.recovery import JoinedGroup, Recovery, encode_joined
-from storaged.removal import Removal
-from storaged.replica import Replica
-from storaged.restored import EpochMemory, refuse_restored
-from storaged.scrub import Scrubber
+from storaged.operations.replica import Replica
+from storaged.recovery.recovery import JoinedGroup, Recovery, encode_joined
+from storaged.scrub.scrubber import Scrubber
 from storaged.server import ClientConnection, Server
 from storaged.settings import Setting
+from storaged.space.leftovers import Leftovers
+from storaged.space.reclaim import Reclaimer
+from storaged.space.removal import Removal
 from storaged.store.objects import ObjectStore
 
 log = logging.getLogger(__name__)

@@ -7,16 +7,16 @@ from contextlib import asynccontextmanager, suppress
 
 import trio
 
-from sheepfs.abandoned import level
 from sheepfs.backend import OpenVolume
 from sheepfs.cluster import Cluster
 from sheepfs.core.errors import UsageError, VdiNotFoundError
 from sheepfs.core.metadata import SnapshotRecord
 from sheepfs.core.names import full_name
-from sheepfs.image import Image
+from sheepfs.holding.abandoned import level
+from sheepfs.layers.image import Image
 from sheepfs.net.catalog import Snapshot
-from sheepfs.objects import ObjectReader
-from sheepfs.volume import Volume
+from sheepfs.replication.objects import ObjectReader
+from sheepfs.volume.volume import Volume
 from sheepfs_tools.transfer_access import Found
 
 

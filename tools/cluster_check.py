@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import trio
 
-from sheepfs.abandoned import abandoned, is_in_use, level
 from sheepfs.cluster import Cluster
 from sheepfs.core.errors import (
     CorruptError,
@@ -25,9 +24,10 @@ from sheepfs.core.errors import (
 )
 from sheepfs.core.geometry import data_object, layer_of, map_object, pg_of, pool_of
 from sheepfs.core.wire import Op
-from sheepfs.inventory import stored_entries, take_inventory
+from sheepfs.holding.abandoned import abandoned, is_in_use, level
+from sheepfs.layers.inventory import stored_entries, take_inventory
 from sheepfs.net.catalog import Roots
-from sheepfs.objects import ObjectReader
+from sheepfs.replication.objects import ObjectReader
 
 log = logging.getLogger(__name__)
 

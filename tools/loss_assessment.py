@@ -13,7 +13,7 @@ from functools import partial
 
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
 from sheepfs.core.geometry import is_map_object, pg_of, pool_of
-from sheepfs.inventory import Replica
+from sheepfs.layers.inventory import Replica
 from sheepfs_tools.node_groups import groups_of, waits
 
 GroupId = tuple[int, int]

@@ -18,7 +18,7 @@ from sheepfs.core.geometry import (
     map_object,
 )
 from sheepfs.core.metadata import SnapshotRecord, VdiRecord
-from sheepfs.objects import ObjectReader
+from sheepfs.replication.objects import ObjectReader
 
 
 class User(NamedTuple):

@@ -19,7 +19,7 @@ import trio
 from sheepfs.backend import OpenVolume
 from sheepfs.core.errors import SheepError, UsageError
 from sheepfs.core.names import check_tag
-from sheepfs.image import Change, Image
+from sheepfs.layers.image import Change, Image
 from sheepfs.pipeline import in_order
 from sheepfs_tools.backup_stream import (
     BackupError,

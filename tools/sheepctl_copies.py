@@ -27,7 +27,7 @@ from sheepfs.core.names import (
     snapshot_file,
     split_name,
 )
-from sheepfs.holding import TOOL
+from sheepfs.holding.holding import TOOL
 from sheepfs_tools.progress import Moved, progress
 from sheepfs_tools.sheepctl_output import print_json, printable
 

@@ -20,9 +20,9 @@ from sheepfs.core.geometry import (
 )
 from sheepfs.core.metadata import SnapshotRecord
 from sheepfs.core.wire import Op
-from sheepfs.image import Image
+from sheepfs.layers.image import Image
 from sheepfs.net.link import connect_node
-from sheepfs.objects import ObjectReader
+from sheepfs.replication.objects import ObjectReader
 from sheepfs_tools.sheepctl_copies import as_mount
 from sheepfs_tools.sheepctl_names import find_either
 from sheepfs_tools.sheepctl_output import print_facts, print_json, print_table

@@ -33,12 +33,12 @@ from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction, Unchanged
 from sheepfs.core.metadata import AcceptedLoss, LockRecord
 from sheepfs.core.wire import Op
-from sheepfs.inventory import stored_entries, take_inventory
+from sheepfs.layers.inventory import stored_entries, take_inventory
 from sheepfs.net.catalog import RootMap
 from sheepfs.net.link import Link
 from sheepfs.net.router import Router
 from sheepfs.net.store import Store
-from sheepfs.objects import ObjectReader
+from sheepfs.replication.objects import ObjectReader
 from sheepfs_tools.loss_assessment import Assessment, Survivor, assess, group_of, waiting_groups
 from sheepfs_tools.sheepctl_copies import as_mount
 from sheepfs_tools.sheepctl_output import moment, print_json, print_table

@@ -13,7 +13,7 @@ import trio
 
 from sheepfs.core.errors import HeldElsewhereError, SheepError, UsageError, VdiNotFoundError
 from sheepfs.core.names import check_copies, check_vdi_size
-from sheepfs.image import Change
+from sheepfs.layers.image import Change
 from sheepfs.pipeline import in_order
 from sheepfs_tools.file_copy import data_ranges
 from sheepfs_tools.progress import Moved, progress

@@ -16,7 +16,7 @@ from sheepfs.core.names import (
     check_vdi_size,
     full_name,
 )
-from sheepfs.holder_requests import delete_vdi
+from sheepfs.holding.requests import delete_vdi
 from sheepfs.net.catalog import TRASH_KEEP_S
 from sheepfs_tools.sheepctl_check import Checker
 from sheepfs_tools.sheepctl_names import find_either, find_vdi
@@ -31,7 +31,7 @@ from sheepfs_tools.sheepctl_session import open_session, options
 from sheepfs_tools.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
-    from sheepfs.inventory import Space
+    from sheepfs.layers.inventory import Space
 
 
 def size_argument(text: str) -> int:
@@ -147,7 +147,7 @@ async def vdi_info(arguments: argparse.Namespace) -> int:
 
 async def _space(arguments: argparse.Namespace, record: VdiRecord) -> Space | None:
     """Count what a VDI takes; None when the nodes cannot tell."""
-    from sheepfs.inventory import space_of
+    from sheepfs.layers.inventory import space_of
     from sheepfs_tools.sheepctl_copies import as_mount
 
     try:

@@ -25,7 +25,7 @@ from sheepfs.core.names import (
     split_name,
 )
 from sheepfs.core.wire import Buffer
-from sheepfs.image import Image
+from sheepfs.layers.image import Image
 
 CHUNK = OBJECT_SIZE
 """Pieces end at object borders: no object is read or written twice."""
@@ -212,7 +212,7 @@ class VolumeWriter:
 
 
 class Readable(Protocol):
-    """What can be exported: `sheepfs.image.Image`, `OpenImage`."""
+    """What can be exported: `sheepfs.layers.image.Image`, `OpenImage`."""
 
     @property
     def size(self) -> int:

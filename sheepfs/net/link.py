@@ -32,7 +32,7 @@ its links."""
 
 
 class Change(Protocol):
-    """A change sent to several nodes at once (sheepfs.replication)."""
+    """A change sent to several nodes at once (sheepfs.replication.changes)."""
 
     def answer(self, link: Link, header: Header | None, payload: memoryview | None) -> None:
         """Take a node's reply, or None when the link was lost before it came."""

@@ -14,8 +14,8 @@ from sheepfs.callbacks import completion, read_bytes
 from sheepfs.cluster import Cluster
 from sheepfs.core.geometry import OBJECT_SIZE
 from sheepfs.core.names import snapshot_file
-from sheepfs.frozen import FrozenVolume
-from sheepfs.volume import Volume
+from sheepfs.volume.frozen import FrozenVolume
+from sheepfs.volume.volume import Volume
 
 MAX_VDIS = 20
 MAX_SNAPSHOTS = 5

@@ -10,12 +10,13 @@ import pytest
 import trio
 
 from e2e.cluster import Mounted
-from sheepfs import abandoned, convergence
 from sheepfs.callbacks import completion
 from sheepfs.cluster import Cluster
 from sheepfs.connecting import connect
 from sheepfs.core.errors import HeldElsewhereError, VdiNotFoundError
-from sheepfs.volume import Volume
+from sheepfs.holding import abandoned
+from sheepfs.volume import convergence
+from sheepfs.volume.volume import Volume
 
 DEADLINE_S = 20.0
 

@@ -22,12 +22,12 @@ import trio
 from e2e.cluster import Mounted
 from e2e.families import seed_of
 from e2e.test_e2e_families import check_clean
-from sheepfs.abandoned import abandoned
 from sheepfs.connecting import connect
 from sheepfs.core.errors import HeldElsewhereError
 from sheepfs.core.geometry import OBJECT_SIZE
 from sheepfs.core.names import snapshot_file
-from sheepfs.holding import TOOL
+from sheepfs.holding.abandoned import abandoned
+from sheepfs.holding.holding import TOOL
 from sheepfs_tools.processes import wait_for
 
 MAX_VDIS = 8

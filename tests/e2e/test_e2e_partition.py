@@ -24,7 +24,7 @@ from e2e.cluster import Mounted, missing_for_mount
 from e2e.load import end_fio, longest_wait_s, start_fio
 from e2e.partition import Hosts, HostsCluster
 from e2e.witness import StampingWriter, Taker, assert_nothing_lost, now
-from sheepfs.holding import LEASE_TTL_S
+from sheepfs.holding.holding import LEASE_TTL_S
 from sheepfs_tools.processes import wait_for
 
 BACK_S = 10.0

@@ -1,7 +1,7 @@
 """A cluster in memory for import, export, backup and restore: implements transfer_access.Access.
 
-Images are real `sheepfs.image.Image`s: contents that are equal count as one layer's, as they do
-after a snapshot.
+Images are real `sheepfs.layers.image.Image`s: contents that are equal count as one layer's, as
+they do after a snapshot.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fakes.memory_objects import MemoryObjects
 from sheepfs.core.errors import HeldElsewhereError, VdiExistsError, VdiNotFoundError
 from sheepfs.core.geometry import BLOCKS_PER_OBJECT, data_object, make_layer
 from sheepfs.core.names import check_tag, full_name
-from sheepfs.image import Image
+from sheepfs.layers.image import Image
 from sheepfs_tools.transfer_access import Found
 
 BLOCK = 4096

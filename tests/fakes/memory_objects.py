@@ -1,4 +1,4 @@
-"""Objects in memory for `sheepfs.image.Image`: what an ObjectReader gives, and what was asked."""
+"""Objects in memory for `sheepfs.layers.image`: what an ObjectReader gives, and what was asked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sheepfs.core.geometry import (
     is_map_object,
     map_object,
 )
-from sheepfs.image import Image
+from sheepfs.layers.image import Image
 
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
 

@@ -17,8 +17,8 @@ from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
 from sheepfs.core.errors import SheepError
 from sheepfs.net.router import Router
 from sheepfs.net.transport import TCP
-from storaged.recovery import JoinedGroup, Recovery
-from storaged.replica import Replica
+from storaged.operations.replica import Replica
+from storaged.recovery.recovery import JoinedGroup, Recovery
 from storaged.server import Server
 from storaged.store.objects import ObjectStore
 

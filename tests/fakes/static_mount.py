@@ -13,19 +13,19 @@ import trio
 
 from fakes.static_cluster import StaticCluster
 from sheepfs.callbacks import completion
-from sheepfs.capture import Captured, copy_maps
 from sheepfs.core.errors import HeldElsewhereError
 from sheepfs.core.geometry import make_layer
 from sheepfs.core.keys import Keys
 from sheepfs.core.metadata import SnapshotRecord, VdiRecord
 from sheepfs.core.wire import Buffer
-from sheepfs.frozen import FrozenVolume
 from sheepfs.net.attach import Attachment
 from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
 from sheepfs.net.store import Store
-from sheepfs.replication import Replicator
-from sheepfs.volume import Volume
+from sheepfs.replication.replicator import Replicator
+from sheepfs.volume.capture import Captured, copy_maps
+from sheepfs.volume.frozen import FrozenVolume
+from sheepfs.volume.volume import Volume
 
 VDI = 2
 COPIES = 3
@@ -49,7 +49,7 @@ class StaticRecord:
 
 
 class StaticMount:
-    """One mount with the VDI open; implements `sheepfs.holding.Attacher`."""
+    """One mount with the VDI open; implements `sheepfs.holding.holding.Attacher`."""
 
     def __init__(self, cluster: StaticCluster, etcd: StaticRecord) -> None:
         self.cluster = cluster

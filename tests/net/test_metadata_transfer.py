@@ -26,7 +26,7 @@ from sheepfs.net.metadata_transfer import (
     propose_acceptance,
 )
 from sheepfs.net.store import LeaseKeeper
-from storaged.membership import ensure_config, register
+from storaged.membership.membership import ensure_config, register
 
 KEYS = Keys("test")
 

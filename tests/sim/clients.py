@@ -13,7 +13,7 @@ from sheepfs.callbacks import completion, read_bytes
 from sheepfs.cluster import Cluster
 from sheepfs.connecting import join
 from sheepfs.core.errors import HeldElsewhereError, SheepError
-from sheepfs.volume import Volume
+from sheepfs.volume.volume import Volume
 from sim.machine import HOST
 from sim.registers import SECTOR, ZEROS, stamp
 from sim.registers import Volume as Model

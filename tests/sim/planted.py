@@ -7,13 +7,14 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any
 
-from sheepfs import changes
 from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.wire import Header
 from sheepfs.net import router
-from storaged import recovery, replica
+from sheepfs.replication import changes
 from storaged.logic import catchup, gate, leader
 from storaged.logic.leader import Groups
+from storaged.operations import replica
+from storaged.recovery import recovery
 from storaged.store import dirtylog, flush
 
 Put = Callable[[Any, str, Any], None]

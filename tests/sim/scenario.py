@@ -16,10 +16,10 @@ from sheepfs.connecting import join
 from sheepfs.core.errors import HeldElsewhereError
 from sheepfs.core.geometry import data_object, map_object
 from sheepfs.core.metadata import SnapshotRecord, VdiRecord
-from sheepfs.frozen import FrozenVolume
-from sheepfs.inventory import stored_entries
-from sheepfs.objects import ObjectReader
-from sheepfs.volume import Volume
+from sheepfs.layers.inventory import stored_entries
+from sheepfs.replication.objects import ObjectReader
+from sheepfs.volume.frozen import FrozenVolume
+from sheepfs.volume.volume import Volume
 from sim import stalls
 from sim.clients import OBJECT_SECTORS, Shelf, SimClient
 from sim.faults import Faults

@@ -11,7 +11,7 @@ import trio
 from sheepfs.callbacks import completion, read_bytes
 from sheepfs.cluster import Cluster
 from sheepfs.connecting import join
-from sheepfs.volume import Volume
+from sheepfs.volume.volume import Volume
 from sim.machine import HOST
 from sim.network import SimClock
 from sim.world import CLUSTER, World, determined

@@ -19,28 +19,24 @@ from typing import Any, cast
 import trio
 
 from fakes.faulty_disk import FaultyDisk
-from sheepfs import convergence, flusher, holding, vdimap, volume
 from sheepfs.core.clustermap import ClusterMap, NodeState
 from sheepfs.core.errors import CorruptError, RecoveringError, SheepError
 from sheepfs.core.geometry import BLOCK_SIZE, BLOCKS_PER_OBJECT
 from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import RecoveryRecord, ScrubRecord
+from sheepfs.holding import holding
 from sheepfs.net import link, router
+from sheepfs.volume import convergence, flusher, vdimap, volume
 from sim.machine import HOST, KilledError, ProcessDisk, SimEtcd, SimEtcdServer, Threads
 from sim.network import SimHost, SimNetwork
-from storaged import (
-    agreement,
-    leader,
-    membership,
-    recovery,
-    removal,
-    selfcheck,
-    server,
-    wiring,
-)
+from storaged import server, wiring
 from storaged.daemon import Daemon, Machine, Options
 from storaged.logic.scrub import DAY_S
+from storaged.membership import leader, membership
+from storaged.recovery import recovery
+from storaged.scrub import agreement, selfcheck
+from storaged.space import removal
 from storaged.store import dirtylog, files, flush
 from storaged.store.disk import Disk
 from storaged.store.format import block_sum

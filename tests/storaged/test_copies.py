@@ -17,9 +17,9 @@ from sheepfs.core.errors import ObjectNotFoundError, StaleObjectError, UsageErro
 from sheepfs.core.geometry import data_object, layer_of, make_layer, map_object, pg_of
 from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, FLAG_KEEP_MAPS, RANGE, Header, Op
 from sheepfs.net.router import Router
-from storaged.comparing import decode_layout
 from storaged.logic.catchup import waves
-from storaged.removal import Removal
+from storaged.operations.comparing import decode_layout
+from storaged.space.removal import Removal
 
 BLOCK = 4096
 OLD, OPEN, LATER = (make_layer(serial, 2, 3) for serial in (2, 3, 4))

@@ -13,7 +13,7 @@ from fakes.waiting import wait_until
 from sheepfs.core.errors import DiskError, RetryableError
 from sheepfs.core.wire import Op
 from sheepfs.net.fencing import fence_everywhere
-from storaged import pulling
+from storaged.recovery import pulling
 
 
 def failed(*_: Any, **__: Any) -> NoReturn:

@@ -18,9 +18,9 @@ from sheepfs.core.metadata import (
     NodeWish,
     Record,
 )
-from storaged.leader import Leader
-from storaged.membership import ALIVE_TTL_S, Announcer
-from storaged.recovery import JoinedGroup
+from storaged.membership.leader import Leader
+from storaged.membership.membership import ALIVE_TTL_S, Announcer
+from storaged.recovery.recovery import JoinedGroup
 
 KEYS = Keys("test")
 CONFIG = ClusterConfig("c" * 32, pg_count=8)

@@ -13,7 +13,7 @@ from fakes.static_cluster import PG_COUNT, StaticCluster, StaticNode, static_clu
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
 from sheepfs.core.errors import CorruptError
 from sheepfs.core.geometry import data_object, make_layer, pg_of
-from storaged.leftovers import Leftovers, is_settled
+from storaged.space.leftovers import Leftovers, is_settled
 
 LAYER, NEXT_LAYER = make_layer(2, 2, 2), make_layer(3, 2, 2)
 OID = data_object(LAYER, 0)

@@ -9,7 +9,13 @@ from sheepfs.core.errors import UnreachableError, UsageError, WrongClusterError
 from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import AliveRecord, NodeWish
-from storaged.membership import Announcer, MapFollower, ensure_config, refuse_removed, register
+from storaged.membership.membership import (
+    Announcer,
+    MapFollower,
+    ensure_config,
+    refuse_removed,
+    register,
+)
 
 KEYS = Keys("test")
 CLUSTER = "c" * 32

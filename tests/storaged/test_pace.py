@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from sheepfs.core.metadata import RecoveryRecord
 from storaged.logic.pace import CEILING, FLOOR, IDLE_S, LATE_S, Pace
-from storaged.pacing import LOOK_EVERY_S, Pacer
+from storaged.recovery.pacing import LOOK_EVERY_S, Pacer
 
 MIB = 1 << 20
 looks = st.lists(

@@ -8,7 +8,7 @@ import trio
 from sheepfs.core.errors import UnreachableError
 from sheepfs.net.transport import TCP
 from storaged.logic.reachability import Outcome, Reachability
-from storaged.ping import ping
+from storaged.membership.ping import ping
 from storaged.server import Server
 
 RUN = (1, 100)

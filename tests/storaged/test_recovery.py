@@ -9,9 +9,9 @@ from trio.testing import MockClock
 
 from sheepfs.core.clustermap import PlacementGroup
 from sheepfs.core.errors import RetryableError, SheepError
-from storaged.pulling import RETRY_DELAY_S, Peers
-from storaged.recovery import Recovery
-from storaged.replica import Replica
+from storaged.operations.replica import Replica
+from storaged.recovery.pulling import RETRY_DELAY_S, Peers
+from storaged.recovery.recovery import Recovery
 
 
 class Stuck(Recovery):

@@ -20,9 +20,9 @@ from sheepfs.core.metadata import RecoveryRecord
 from sheepfs.core.wire import FLAG_CREATE, Op
 from sheepfs.net.fencing import fence_everywhere
 from sheepfs.net.router import Router
-from sheepfs.objects import ObjectReader
-from sheepfs.replication import Replicator
-from storaged.pacing import PIECE
+from sheepfs.replication.objects import ObjectReader
+from sheepfs.replication.replicator import Replicator
+from storaged.recovery.pacing import PIECE
 
 VDI, LAYER = 2, make_layer(2, 2, 3)
 OID = data_object(LAYER, 0)

@@ -23,7 +23,7 @@ from sheepfs.core.metadata import LayerRecord, VdiRecord
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.metadata_transfer import accept, propose_acceptance
 from storaged.daemon import Daemon, Machine, Options
-from storaged.restored import EpochMemory, refuse_restored
+from storaged.membership.restored import EpochMemory, refuse_restored
 from storaged.store.objects import ObjectStore
 
 KEYS = Keys("test")

@@ -22,9 +22,10 @@ from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import LayerRecord, ScrubRecord, VdiRecord
 from sheepfs.core.wire import FLAG_FORWARD, Op
 from sheepfs.net.catalog import Catalog
-from storaged import agreement, scrub, selfcheck
 from storaged.logic.scrub import Kind
-from storaged.scrub import Scrubber
+from storaged.scrub import agreement, selfcheck
+from storaged.scrub import scrubber as scrub
+from storaged.scrub.scrubber import Scrubber
 from storaged.settings import Setting
 from storaged.store.format import META_OFFSET
 

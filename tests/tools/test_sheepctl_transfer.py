@@ -26,7 +26,7 @@ from sheepfs.core.errors import (
     VdiExistsError,
     VdiNotFoundError,
 )
-from sheepfs.image import Change
+from sheepfs.layers.image import Change
 from sheepfs.net.groups import plain_errors
 from sheepfs_tools.sheepctl_transfer import diff, export_image, import_image
 from sheepfs_tools.transfer_access import incoming_name, parse_name, without_zeros

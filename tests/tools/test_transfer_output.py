@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from sheepfs.image import Change
+from sheepfs.layers.image import Change
 from sheepfs_tools.sheepctl_backup import BackedUp, Restored
 from sheepfs_tools.sheepctl_transfer import Differences, Exported, Imported
 from sheepfs_tools.transfer_output import Outcome, report

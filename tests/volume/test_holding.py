@@ -14,13 +14,13 @@ from trio.testing import MockClock
 from fakes.etcd import FakeEtcd
 from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
-from sheepfs.holding import LEASE_TTL_S, Holding
+from sheepfs.holding.holding import LEASE_TTL_S, Holding
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.history import WentBackError
 from sheepfs.net.router import Router
 from sheepfs.net.store import LeaseKeeper
-from sheepfs.volume import Volume
-from storaged.membership import ensure_config
+from sheepfs.volume.volume import Volume
+from storaged.membership.membership import ensure_config
 
 KEYS = Keys("test")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fakes.memory_objects import MemoryObjects
 from sheepfs.core.errors import ObjectNotFoundError, ProtocolError
 from sheepfs.core.geometry import BLOCK_SIZE, MAP_ENTRIES_PER_OBJECT, OBJECT_SIZE, make_layer
-from sheepfs.image import IN_FLIGHT, Change, Image
+from sheepfs.layers.image import IN_FLIGHT, Change, Image
 from sheepfs.pipeline import in_order
 
 A, B, C = (make_layer(serial, 1, 3) for serial in (1, 2, 3))

@@ -13,10 +13,10 @@ import trio
 from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
-from sheepfs import flusher, recording
 from sheepfs.callbacks import OperationError
 from sheepfs.core.errors import HeldElsewhereError, NoSpaceError, SheepError
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, map_object
+from sheepfs.volume import flusher, recording
 
 BLOCK = 4096
 A, B = b"a" * BLOCK, b"b" * BLOCK

@@ -11,15 +11,15 @@ import pytest
 import trio
 
 from fakes.waiting import wait_until
-from sheepfs import flusher as flusher_module
 from sheepfs.callbacks import Completed, OperationError, completion, countdown
-from sheepfs.changes import ObjectState
 from sheepfs.core.errors import CorruptError, SheepError, UnreachableError
 from sheepfs.core.geometry import data_object, map_object
 from sheepfs.core.wire import FLAG_CREATE, Op
-from sheepfs.flusher import Flusher
-from sheepfs.replication import Replicator
-from sheepfs.vdimap import VdiMap
+from sheepfs.replication.changes import ObjectState
+from sheepfs.replication.replicator import Replicator
+from sheepfs.volume import flusher as flusher_module
+from sheepfs.volume.flusher import Flusher
+from sheepfs.volume.vdimap import VdiMap
 
 LAYER = 7
 

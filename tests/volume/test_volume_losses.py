@@ -1,4 +1,4 @@
-"""When every copy of what was not flushed is lost, and the holder lives (sheepfs.losses)."""
+"""When every copy of what was not flushed is lost, and the holder lives (sheepfs.volume.losses)."""
 
 from __future__ import annotations
 

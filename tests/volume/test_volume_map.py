@@ -17,8 +17,8 @@ from sheepfs.core.geometry import (
     data_object,
     index_of,
 )
-from sheepfs.holes import seek
-from sheepfs.vdimap import PAGES_PER_OBJECT, VdiMap
+from sheepfs.volume.holes import seek
+from sheepfs.volume.vdimap import PAGES_PER_OBJECT, VdiMap
 
 LAYER = 7
 INDEXES = (0, 1, 511, 512, 513, 16 * 512 - 1, 16 * 512, MAP_ENTRIES_PER_OBJECT - 1,

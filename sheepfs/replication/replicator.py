@@ -1,0 +1,443 @@
+"""Changes to the objects of one attached VDI, sent to every member of their placement groups.
+
+Always holds:
+- A change is complete when every current member accepted it in the current epoch (I7): when a
+  group changes, everything not complete is sent again to all its members (they know what they
+  have by version).
+- Versions are unique for ever: the attach's generation in the high bits, a sequence below.
+- Changes of one object complete in the order of their versions.
+- After a disagreement (`STALE_OBJECT`, a failed change) an object is opened again: its replicas
+  are made equal before the next change or read.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Set as AbstractSet
+from operator import attrgetter
+
+import trio
+
+from sheepfs.callbacks import Completed, ignore_answer
+from sheepfs.core.clustermap import ClusterMap
+from sheepfs.core.errors import SheepError, Status, to_errno
+from sheepfs.core.geometry import describe_oid, pg_of, pool_of
+from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, Buffer, Header, Op, prepare
+from sheepfs.logs import fields
+from sheepfs.net.link import Link, describe, next_request
+from sheepfs.net.router import Router
+from sheepfs.replication.changes import Change, Group, ObjectState
+from sheepfs.replication.levelling import Leveller
+from sheepfs.replication.unflushed import Unflushed
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.02
+STALL_LOG_S = 5.0
+SEQUENCE_BITS = 40
+
+_DISAGREE = (Status.STALE_OBJECT, Status.NOT_FOUND, Status.CORRUPT)
+_by_version = attrgetter("version")
+_MAKES = FLAG_CREATE | FLAG_COPY
+"""Changes that make an object, whatever a replica may have of that name."""
+
+
+class Replicator:
+    """The holder's side of replication, for one attach of one VDI."""
+
+    def __init__(
+        self, router: Router, nursery: trio.Nursery, vdi: int, token: int, generation: int
+    ) -> None:
+        self.router = router
+        self.vdi = vdi
+        self.token = token
+        self.generation = generation
+        self.objects: dict[int, ObjectState] = {}
+        self.fenced = False
+        self.stalled = ""
+        self.unflushed = Unflushed(self)
+        self._leveller = Leveller(self, nursery)
+        self._sequence = generation << SEQUENCE_BITS
+        self._inflight: dict[Change, None] = {}
+        self._parked: dict[Change, None] = {}
+        self._routes: dict[Group, list[Link]] = {}
+        self._retry = trio.Event()
+        self._idle = trio.Event()
+        router.on_map.append(self._map_changed)
+        router.on_link.append(self._link_up)
+
+    @property
+    def busy(self) -> bool:
+        """Whether changes are under way."""
+        return bool(self._inflight)
+
+    @property
+    def last_version(self) -> int:
+        """The version of the newest change so far."""
+        return self._sequence
+
+    @property
+    def level(self) -> bool:
+        """Whether all replicas are equal, as far as the changes of this attach go."""
+        return not (self.fenced or self._leveller.failed or self.unflushed.losses)
+
+    def close(self) -> None:
+        """Forget the router; changes still under way fail with EIO."""
+        self.router.on_map.remove(self._map_changed)
+        self.router.on_link.remove(self._link_up)
+        self._fail_all(errno.EIO)
+
+    def _fail_all(self, code: int) -> None:
+        self._fail([*self._inflight, *(c for s in self.objects.values() for c in s.queue)], code)
+
+    def fail_groups(self, groups: AbstractSet[Group]) -> None:
+        """What is under way in these groups builds on changes that were lost: it fails (EIO)."""
+        queued = (change for state in self.objects.values() for change in state.queue)
+        self._fail([c for c in (*self._inflight, *queued) if c.state.group in groups], errno.EIO)
+
+    def _fail(self, changes: list[Change], code: int) -> None:
+        for change in changes:
+            self._take_back(change)
+            change.state.queue = []
+        for change in changes:
+            change.done(code)
+
+    # -- changes ----------------------------------------------------------------------------
+
+    def _group(self, oid: int) -> Group:
+        pool = pool_of(oid)
+        return pool, pg_of(oid, len(self.router.map.pools[pool]))
+
+    def state(self, oid: int) -> ObjectState:
+        """Give the state of an object, a new one (not ready) if none is known."""
+        state = self.objects.get(oid)
+        if state is None:
+            state = self.objects[oid] = ObjectState(oid, self._group(oid))
+        return state
+
+    def change(
+        self,
+        state: ObjectState,
+        op: int,
+        offset: int,
+        span: int,
+        payload: Buffer,
+        done: Completed,
+        flags: int = 0,
+    ) -> None:
+        """Carry out a change on all members; `done` is called once with errno or 0.
+
+        Durability: none before `make_durable`. Ordering: per object, in the order of the calls.
+        """
+        if self.fenced:
+            done(errno.EIO)
+            return
+        change = Change(self, state, op, flags, offset, span, payload, done)
+        if state.ready:
+            self._submit(change)
+        else:
+            state.queue.append(change)
+            self._leveller.open_soon(state)
+
+    def make_copy(
+        self,
+        state: ObjectState,
+        base: ObjectState,
+        op: int,
+        offset: int,
+        span: int,
+        payload: Buffer,
+        done: Completed,
+    ) -> None:
+        """Make a new object as a copy of an open one of the same group, and change it at once.
+
+        Nothing else may be sent for the object until `done`, which gets ESTALE when a member has
+        another version of `base`: that is to be opened again.
+        """
+        if self.fenced:
+            done(errno.EIO)
+            return
+        data = b"".join((BASE.pack(base.layer), payload))
+        change = Change(self, state, op, FLAG_COPY, offset, span, data, done)
+        change.base = base
+        state.ready = True
+        self._submit(change)
+
+    def distrust(self, state: ObjectState) -> None:
+        """Members may differ: the object is levelled before it is used again."""
+        state.ready = False
+        state.uneven = True
+
+    def distrust_all(self) -> None:
+        """Nothing is known of any object any more."""
+        for state in self.objects.values():
+            self.distrust(state)
+
+    def _submit(self, change: Change) -> None:
+        state = change.state
+        self._sequence += 1
+        change.prev = state.version if change.base is None else change.base.version
+        change.version = state.version = self._sequence
+        self._inflight[change] = None
+        self._send(change)
+
+    def _send(self, change: Change) -> None:
+        state = change.state
+        links = self._routes.get(state.group) or self._route(state.group)
+        if links is None:
+            self.park(change)
+            return
+        change.request = request = next_request()
+        change.epoch = epoch = self.router.map.epoch
+        change.left = len(links)
+        payload = change.payload
+        pool, pg = state.group
+        unsealed = prepare(
+            change.op, change.flags, request, epoch, self.vdi, pool, pg, self.token,
+            state.oid, change.offset, change.span, change.prev, change.version,
+            len(payload), change.checksum,
+        )  # fmt: skip
+        for link in links:
+            if link.lost:
+                self._routes.pop(state.group, None)
+                self.park(change)
+                return
+            link.changes[request] = change
+            link.connection.send_frame(unsealed.seal(link.session), payload)
+
+    def _route(self, group: Group) -> list[Link] | None:
+        """Give links to all members, if the group takes writes and all of them are linked."""
+        cluster_map = self.router.map
+        pool, pg = group
+        if not cluster_map.writable(pool, pg):
+            return None
+        links = []
+        for node in cluster_map.pools[pool][pg].members:
+            link = self.router.link(node)
+            if link is None:
+                return None
+            links.append(link)
+        self._routes[group] = links
+        return links
+
+    def completed(self, change: Change) -> None:
+        """Every member accepted the change."""
+        self._inflight.pop(change, None)
+        state = change.state
+        self.unflushed.groups.add(state.group)
+        self.unflushed.layers.add(state.layer)
+        if not self._inflight:
+            self._idle.set()
+        change.done(0)
+
+    def refused(
+        self, change: Change, link: Link, header: Header, payload: memoryview | None
+    ) -> None:
+        """A member refused the change: wait and send again, open the object again, or fail."""
+        status = header.status
+        if status == Status.STALE_EPOCH:
+            self.park(change)
+            if payload:
+                self.router.take_encoded(bytes(payload))
+        elif status == Status.CORRUPT and change.damaged == change.prev and change.base is None:
+            # It was opened again since, and no member had carried the change out: all are damaged.
+            self._take_back(change)
+            self._reopen(change.state)
+            change.done(errno.EIO)
+        elif status in _DISAGREE:
+            if status == Status.CORRUPT:
+                change.damaged = change.prev
+            if change.base is None and change.op != Op.DELETE:
+                self._reopen(change.state)
+            else:
+                # A delete is of one version only: what another one holds may be in use.
+                self._take_back(change)
+                change.done(errno.ESTALE)
+        elif status == Status.FENCED:
+            self.fence(describe(bytes(payload or b"")))
+        elif status == Status.NO_SPACE:
+            self._no_space(change)
+        elif status in (Status.BAD_REQUEST, Status.WRONG_CLUSTER):
+            log.error(
+                "node %d refused a change of %s: %s",
+                link.node, describe_oid(change.state.oid), describe(bytes(payload or b"")),
+            )  # fmt: skip
+            self._take_back(change)
+            if not change.flags & _MAKES:
+                self._reopen(change.state)
+            change.done(errno.EIO)
+        else:
+            if status == Status.BUSY and header.epoch < change.epoch:
+                # The member has not seen this epoch yet: show it the map.
+                link.request(Op.MAP, next_request(), ignore_answer, self.router.map.encoded)
+            self.park(change)
+
+    def _take_back(self, change: Change) -> None:
+        """Answers to a change are ignored from now on."""
+        change.request = 0
+        self._inflight.pop(change, None)
+        self._parked.pop(change, None)
+
+    def _no_space(self, change: Change) -> None:
+        """A member has no room: the change fails, and the others must not keep it either."""
+        state = change.state
+        if change.flags & _MAKES:
+            # The map never named the object; the next creation voids what some members made.
+            self.objects.pop(state.oid, None)
+            failed = [*sorted(self._changes_of(state), key=_by_version), *state.queue]
+            state.queue = []
+        else:
+            state.oldest = True
+            failed = [change]
+        for victim in failed:
+            self._take_back(victim)
+        if not change.flags & _MAKES:
+            self._reopen(state)
+        for victim in failed:
+            victim.done(errno.ENOSPC)
+
+    def _changes_of(self, state: ObjectState) -> list[Change]:
+        return [change for change in self._inflight if change.state is state]
+
+    def in_use(self, state: ObjectState) -> bool:
+        """Tell whether anything waits for an object."""
+        return bool(state.opening or state.queue or self._changes_of(state))
+
+    def fence(self, reason: str) -> None:
+        """Another holder took over: everything under way fails, and all that comes."""
+        if not self.fenced:
+            log.error(
+                "VDI %d: %s; its I/O fails from now on", self.vdi, reason,
+                extra=fields(event="fenced", vdi=self.vdi),
+            )  # fmt: skip
+        self.fenced = True
+        self._fail_all(errno.EIO)
+
+    # -- sending again ----------------------------------------------------------------------
+
+    def park(self, change: Change) -> None:
+        """Send a change again a little later, or as soon as the map or a link changes."""
+        if change in self._inflight:
+            change.request = 0
+            self._parked[change] = None
+            self._retry.set()
+
+    def _send_again(self, changes: list[Change]) -> None:
+        for change in sorted(changes, key=_by_version):
+            if change in self._inflight:
+                self._parked.pop(change, None)
+                self._send(change)
+
+    def _map_changed(self, old: ClusterMap, new: ClusterMap) -> None:
+        self._routes.clear()
+        self.unflushed.map_changed(old, new)
+        pools = new.pools
+
+        def is_stale(change: Change) -> bool:
+            pool, pg = change.state.group
+            return not change.request or pools[pool][pg].changed > change.epoch
+
+        self._send_again([change for change in self._inflight if is_stale(change)])
+
+    def _link_up(self, link: Link) -> None:
+        self._routes.clear()
+        self._send_again(list(self._parked))
+
+    async def run(self) -> None:
+        """Send parked changes again; say so when something stalls (I12)."""
+        while True:
+            with trio.move_on_after(1.0):
+                await self._retry.wait()
+            self._retry = trio.Event()
+            if self._parked:
+                await trio.sleep(RETRY_S)
+                self._routes.clear()
+                self._send_again(list(self._parked))
+            self._watch_stall()
+
+    def _watch_stall(self) -> None:
+        now = trio.current_time()
+        oldest = next(iter(self._inflight), None)
+        if oldest is not None and not oldest.started:
+            oldest.started = now
+        if oldest is None or now - oldest.started < STALL_LOG_S:
+            if self.stalled:
+                log.warning("VDI %d goes on", self.vdi, extra=fields(event="goes-on", vdi=self.vdi))
+                self.stalled = ""
+            return
+        reason = self._why_stalled(*oldest.state.group)
+        if reason != self.stalled:
+            log.warning(
+                "VDI %d is stalled: %s", self.vdi, reason,
+                extra=fields(event="stalled", vdi=self.vdi),
+            )  # fmt: skip
+        self.stalled = reason
+
+    def _why_stalled(self, pool: int, pg: int) -> str:
+        cluster_map = self.router.map
+        group = cluster_map.pools[pool][pg]
+        needed = cluster_map.needed(pool)
+        if len(group.sync) < needed:
+            return f"group {pg} has {len(group.sync)} of {needed} needed members in sync"
+        away = [n for n in group.members if self.router.link(n) is None]
+        if away:
+            return f"no connection to node {', '.join(map(str, away))}"
+        return f"group {pg}: members {', '.join(map(str, group.members))} have not answered"
+
+    # -- opening objects --------------------------------------------------------------------
+
+    async def open(self, state: ObjectState) -> None:
+        """Make sure that an object's replicas are equal and its version known.
+
+        Raises:
+            ObjectNotFoundError: no replica has it.
+            CorruptError: no replica can give it.
+        """
+        await self._leveller.open(state)
+
+    def _reopen(self, state: ObjectState) -> None:
+        """Replicas disagree: take back what is under way, level them, then go on."""
+        self.distrust(state)
+        again = sorted(self._changes_of(state), key=_by_version)
+        for change in again:
+            self._take_back(change)
+        state.queue[:0] = again
+        self._leveller.open_soon(state)
+
+    def opened(self, state: ObjectState, failure: SheepError | None) -> None:
+        """An object is open, or cannot be: carry out or fail what waits for it."""
+        state.opening = False
+        state.ready = failure is None
+        queue, state.queue = state.queue, []
+        waiters, state.waiters = state.waiters, []
+        for waiter in waiters:
+            waiter(failure)
+        for change in queue:
+            if failure is not None:
+                change.done(to_errno(failure))
+            elif state.ready:
+                self._submit(change)
+            else:
+                state.queue.append(change)
+        if failure is not None:
+            self.objects.pop(state.oid, None)
+
+    def fields(self, oid: int) -> dict[str, int]:
+        """Give the header fields that address an object in the current epoch."""
+        pool, pg = self._group(oid)
+        return {
+            "oid": oid,
+            "pool": pool,
+            "pg": pg,
+            "epoch": self.router.map.epoch,
+            "vdi": self.vdi,
+            "token": self.token,
+        }
+
+    async def settle(self) -> None:
+        """Wait until no change is under way."""
+        while self.busy or any(s.queue or s.opening for s in self.objects.values()):
+            self._idle = trio.Event()
+            with trio.move_on_after(RETRY_S):
+                await self._idle.wait()

@@ -1,0 +1,1 @@
+"""Catching up with members that stayed, at the pace that clients leave."""

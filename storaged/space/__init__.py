@@ -1,0 +1,1 @@
+"""Giving space back: what nobody names, and groups that have moved away."""
