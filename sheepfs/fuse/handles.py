@@ -35,6 +35,7 @@ class Node:
         "handles",
         "held_elsewhere",
         "id",
+        "leaving",
         "locks",
         "traffic",
         "unlocked",
@@ -53,6 +54,8 @@ class Node:
         self.locks = LockTable()
         self.unlocked = trio.Event()
         """Set, and replaced by a fresh one, whenever a lock is dropped."""
+        self.leaving = 0
+        """Tasks that let it go since a handle was closed that had the last lock."""
         self.gate = trio.Lock()
         self.waiting: list[Callable[[int], None]] = []
         """Changes that came before the VDI was attached, in order."""
@@ -144,7 +147,8 @@ class Handles:
         if node.locks.release_handle(handle.fh):
             self.wake(node)
             if node.handles and not node.locks:
-                self._nursery.start_soon(self.detach, node)
+                node.leaving += 1
+                self._nursery.start_soon(self._leave, node)
         return node
 
     async def _close(self, node: Node) -> None:
@@ -216,6 +220,12 @@ class Handles:
             except Exception as error:
                 return code_of(error, f"detaching VDI {node.id}")
             return 0
+
+    async def _leave(self, node: Node) -> None:
+        try:
+            await self.detach(node)
+        finally:
+            node.leaving -= 1
 
     def when_attached(self, node: Node, then: Callable[[int], None]) -> None:
         """Call `then` with 0 once the VDI is attached, or with the errno why it cannot be."""

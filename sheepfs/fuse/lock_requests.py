@@ -87,13 +87,15 @@ class LockRequests:
             self._replies.fail(unique, errno.EBADF)
         elif request.type == LockType.UNLOCK:
             node = handle.node
-            if node.locks.release(request.owner, request.start, request.end):
+            released = node.locks.release(request.owner, request.start, request.end)
+            if released:
                 self._handles.wake(node)
-                if not node.locks and node.attached:
-                    # The reply waits: a migration's target attaches when this returns.
-                    self._nursery.start_soon(self.detach_and_reply, unique, node)
-                    return
-            self._replies.fail(unique, 0)
+            # The reply waits: a migration's target attaches when this returns. QEMU may have opened
+            # the file anew, closed the handle with the locks, and unlock what it has no more.
+            if not node.locks and ((released and node.attached) or node.leaving):
+                self._nursery.start_soon(self.detach_and_reply, unique, node)
+            else:
+                self._replies.fail(unique, 0)
         else:
             wanted = _lock_of(request)
             scope = self._waiting[unique] = trio.CancelScope()

@@ -123,6 +123,8 @@ class MapReader:
             try:
                 await work()
             except LostWritesError as error:
+                if self._unusable():
+                    raise  # Nobody mends the map any more.
                 log.info("%s: %s", self.name, error)
                 await self._read_when_mended(index, within, length, done)
 

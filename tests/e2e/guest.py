@@ -160,8 +160,10 @@ class Guest:
         ]
 
 
-def control(socket_path: Path, command: str) -> Any:
+def control(socket_path: Path, command: str, **arguments: Any) -> Any:
     """Run a command of QEMU's monitor (QMP), on a socket of `-qmp unix:PATH,server=on,wait=off`.
+
+    An argument `max_bandwidth` is QEMU's `max-bandwidth`.
 
     Raises:
         OSError: QEMU is gone.
@@ -171,8 +173,9 @@ def control(socket_path: Path, command: str) -> Any:
         connection.connect(str(socket_path))
         with connection.makefile("rw") as stream:
             stream.readline()  # The greeting.
-            for execute in ("qmp_capabilities", command):
-                stream.write(json.dumps({"execute": execute}) + "\n")
+            named = {name.replace("_", "-"): value for name, value in arguments.items()}
+            for execute, given in (("qmp_capabilities", {}), (command, named)):
+                stream.write(json.dumps({"execute": execute, "arguments": given}) + "\n")
                 stream.flush()
                 while "return" not in (answer := json.loads(stream.readline() or "null") or {}):
                     if "event" not in answer:

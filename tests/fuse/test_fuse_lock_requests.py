@@ -148,6 +148,23 @@ print(journal())
     assert seen == [str(s) for s in ([], held, held, gone, [*gone, *held])]
 
 
+def test_an_unlock_waits_for_the_detach_that_a_close_has_begun(mount: MountProcess) -> None:
+    """QEMU lets go like this: it opens the file anew, closes the handle with the locks, unlocks."""
+    seen = mount.python(LOCK + f"""
+journal = lambda: [e.split()[0] for e in open({str(mount.journal_file)!r}) if "slow_m.raw" in e]
+for turn in range(20):
+    f = opened("slow_m.raw")
+    lock(f, R, 100, 1)
+    other = opened("slow_m.raw")
+    os.write(f, b"x")
+    os.close(f)
+    lock(other, U, 100, 1)
+    print(journal()[-1])
+    os.close(other)
+""").split()  # fmt: skip
+    assert set(seen) == {"detach"}
+
+
 def test_locks_on_a_file_held_elsewhere_fail_at_once(mount: MountProcess) -> None:
     assert mount.python(LOCK + """
 f = opened("held.raw")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,25 @@ async def test_a_read_under_way_when_writes_are_lost_gives_what_is_left(tmp_path
             assert not found
             await lose_power(cluster, here, data_object(LAYER, 1))
         assert sorted(found) == [bytes(BLOCK), B]
+
+
+async def test_a_read_fails_if_the_vdi_is_taken_over_before_the_map_is_mended(
+    tmp_path: Path,
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        here = await mount_of(cluster, StaticRecord())
+        await here.write(0, A)
+        replicator = here.volume.replicator
+        assert replicator is not None
+        async with here.volume._capturing:  # The map is not mended meanwhile.
+            here.volume._is_losing()
+            replicator.fence("taken over")
+            for node in cluster.nodes.values():
+                node.stop()
+            await wait_until(lambda: not here.router.links)
+            with trio.fail_after(5), pytest.raises(OSError, match="read") as failure:
+                await here.read(0, BLOCK)
+            assert failure.value.errno == errno.EIO
 
 
 async def test_a_vdi_whose_writes_were_lost_is_compared_by_its_next_holder(tmp_path: Path) -> None:
