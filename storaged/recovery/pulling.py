@@ -100,6 +100,8 @@ class Pulling:
             level = replica.level_of(pool, pg)
             if level.changed != group.changed or replica.node not in group.joining:
                 raise RecoveringError("the group changed meanwhile")
+            if level.is_complete:
+                raise RecoveringError("this node has caught up meanwhile: it may miss nothing")
             if found >= version:
                 level.miss(oid, found)
                 return

@@ -201,8 +201,9 @@ class Recovery(Fetching):
 
     async def _join(self, copies: int, number: int, group: PlacementGroup) -> None:
         await self._catch_up(copies, number, group)
-        if self._is_current(copies, number, group.changed):
-            self._replica.level_of(copies, number).is_complete = True
+        level = self._replica.level_of(copies, number)
+        if self._is_current(copies, number, group.changed) and not level.missed:
+            level.is_complete = True
             self._done.append(JoinedGroup(copies, number, group.changed))
         if self._unreported_bytes >= REPORT_BYTES:
             await self._report()

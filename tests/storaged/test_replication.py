@@ -15,7 +15,7 @@ from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError, completion
 from sheepfs.core.errors import FencedError, RecoveringError, StaleObjectError
-from sheepfs.core.geometry import OBJECT_SIZE, data_object, make_layer
+from sheepfs.core.geometry import OBJECT_SIZE, data_object, make_layer, pg_of
 from sheepfs.core.metadata import RecoveryRecord
 from sheepfs.core.wire import FLAG_CREATE, Op
 from sheepfs.net.fencing import fence_everywhere
@@ -378,6 +378,51 @@ async def test_of_a_node_that_was_away_only_the_changed_blocks_of_changed_object
         assert counters.pulled_bytes == (4 * 2 + 3) * BLOCK
         for oid in OIDS:
             assert on_disk(cluster, 3, oid, 8 * BLOCK) == on_disk(cluster, 1, oid, 8 * BLOCK)
+
+
+async def test_whoever_has_told_that_it_caught_up_misses_no_change_that_is_under_way(
+    tmp_path: Path,
+) -> None:
+    """The change comes to the joining node first, and to the others when it has caught up."""
+    async with holding(tmp_path) as (cluster, router, holder), trio.open_nursery() as nursery:
+        cluster.auto_join = False
+        await holder.create(OID, b"a" * BLOCK)
+        await holder.flush()
+        node = cluster.nodes[3]
+        node.stop()
+        cluster.publish([1, 2])
+        setting = RecoveryRecord(paused=True)
+        await node.start()
+        node.replica.pacer.follow(lambda: setting)
+        cluster.publish([1, 2], [3])
+        pg = pg_of(OID, len(cluster.map.pools[3]))
+        await wait_until(lambda: node.replica.is_guarded(3, pg) and 3 in router.links)
+        await wait_until(lambda: router.map.epoch == cluster.map.epoch)
+        before = holder.replicator.state(OID).version
+        acknowledged: list[int] = []
+
+        async def change(number: int) -> None:
+            link = router.link(number)
+            assert link is not None
+            fields = {"oid": OID, "pool": 3, "pg": pg, "vdi": VDI, "token": 1}
+            fields |= {"span": BLOCK, "prev": before, "version": before + 1}
+            with suppress(RecoveringError):
+                await link.call(Op.WRITE, b"b" * BLOCK, epoch=router.map.epoch, **fields)
+                acknowledged.append(number)
+
+        async with trio.open_nursery() as changes:
+            changes.start_soon(change, 3)
+            await wait_until(lambda: node.replica.is_held(OID))
+            setting = RecoveryRecord()
+            level = node.replica.level_of(3, pg)
+            await wait_until(lambda: level.is_complete)
+            changes.start_soon(change, 1)
+            changes.start_soon(change, 2)
+        if 3 not in acknowledged:
+            await change(3)
+        assert sorted(acknowledged) == [1, 2, 3]
+        assert on_disk(cluster, 3) == b"b" * BLOCK
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_write_does_not_wait_for_a_copy_and_the_copy_has_it(tmp_path: Path) -> None:
