@@ -327,6 +327,20 @@ def _roles(group: PlacementGroup) -> tuple[set[int], set[int], set[int]]:
     return set(group.sync), set(group.joining), set(group.away)
 
 
+def leaves_doubtful(current: ClusterMap, gone: Collection[int], doubtful: Collection[int]) -> bool:
+    """Tell whether without the nodes that are gone a group would be left to doubtful ones alone.
+
+    If these turn out to be gone too, they would be the last that have everything (I8), though who
+    is voted out now has it, and may be back first.
+    """
+    for groups in current.pools.values():
+        for group in groups:
+            stay = [node for node in group.sync if node not in gone]
+            if stay and len(stay) < len(group.sync) and all(node in doubtful for node in stay):
+                return True
+    return False
+
+
 def _last_stand(whole: Sequence[int], view: _View) -> list[int]:
     """All that hold the PG failed at once: keep one that is already back, or all until one is.
 

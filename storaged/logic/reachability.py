@@ -32,6 +32,8 @@ class Reachability:
     def __init__(self) -> None:
         self._dead: set[Run] = set()
         self._answered: set[Run] = set()
+        self._heard: dict[Run, float] = {}
+        """When a run last answered."""
         self._silent: dict[Run, tuple[int, float]] = {}
         """Pings unanswered in a row, and when the first of them was sent."""
 
@@ -42,6 +44,7 @@ class Reachability:
             self._silent.pop(run, None)
             self._dead.discard(run)
             self._answered.add(run)
+            self._heard[run] = now
         elif outcome is Outcome.DEAD:
             self._dead.add(run)
         else:
@@ -53,6 +56,10 @@ class Reachability:
             self._answered.discard(run)
         return (run in self._dead, run in self._answered) != before
 
+    def has_answered(self, run: Run, since: float) -> bool:
+        """Tell whether a run has answered a ping since then."""
+        return self._heard.get(run, float("-inf")) >= since
+
     def unreachable(self, voted_out: Collection[Run] = ()) -> frozenset[Run]:
         """Give the runs that count as gone; those in `voted_out` do until they answer."""
         return frozenset(self._dead | (set(voted_out) - self._answered))
@@ -61,5 +68,6 @@ class Reachability:
         """Drop what is known of runs that nobody asks about any more."""
         self._dead.intersection_update(runs)
         self._answered.intersection_update(runs)
-        for run in self._silent.keys() - set(runs):
-            del self._silent[run]
+        for known in (self._silent, self._heard):
+            for run in known.keys() - set(runs):
+                del known[run]

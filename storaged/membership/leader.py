@@ -8,7 +8,7 @@ Always holds:
   silent, when its lease ends.
 - A failure seldom comes alone: before a run is voted out all others are asked, so that runs that
   failed together are judged together. One after the other, the last of them would count as the only
-  one that has everything (I8).
+  one that has everything (I8). Who is silent is waited for where a group would be left to it alone.
 - After etcd was away for so long that leases may have ended, missing ones prove nothing until each
   daemon had the time to come back with a new one.
 - An etcd whose map is older than the one that this daemon serves by is given no other.
@@ -31,7 +31,7 @@ from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
 from sheepfs.core.metadata import AliveRecord, ClusterConfig, LeaderRecord
 from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, Store
-from storaged.logic.leader import OUT_AFTER_S, Joined, as_in_map, decide
+from storaged.logic.leader import OUT_AFTER_S, Joined, as_in_map, decide, leaves_doubtful
 from storaged.logic.reachability import Outcome, Reachability, Run
 from storaged.membership.epochlog import log_changes, log_losses
 from storaged.membership.membership import ALIVE_TTL_S, Announcer, refuse_older_map
@@ -287,7 +287,9 @@ class Leader:
             for node in seen.map.nodes.values()
             if node.state is NodeState.DOWN and node.id != self._announcer.node
         ]
-        await self._ask_all(seen.map, alive)
+        if not await self._ask_all(seen.map, alive):
+            self._at_rest = None
+            return
         taken = list(self._joined)
         unreachable = self._reach.unreachable(voted_out)
         judged = (seen, alive, unreachable)
@@ -370,8 +372,12 @@ class Leader:
                     nursery.start_soon(self._ping_one, run)
             await trio.sleep_until(next_round)
 
-    async def _ask_all(self, current: ClusterMap, alive: Mapping[int, AliveRecord]) -> None:
-        """If a run of the map is newly gone, ping all others, and wait for that."""
+    async def _ask_all(self, current: ClusterMap, alive: Mapping[int, AliveRecord]) -> bool:
+        """If a run of the map is newly gone, ping all others, and wait for that.
+
+        Returns:
+            False if one that is silent has to be judged first; that takes some pings more.
+        """
         runs = {(record.id, record.incarnation) for record in alive.values()}
         runs -= self._reach.unreachable()
         gone = frozenset(
@@ -380,11 +386,18 @@ class Leader:
             if node.state is not NodeState.DOWN and (node.id, node.incarnation) not in runs
         )
         if not gone <= self._asked_about:
+            asked = trio.current_time()
+            others = self._addresses.keys() - gone
             with trio.move_on_after(ASK_ALL_S):
                 async with trio.open_nursery() as nursery:
-                    for run in self._addresses.keys() - gone:
+                    for run in others:
                         nursery.start_soon(self._ping_one, run)
+            out = self._reach.unreachable()
+            silent = {r for r in others - out if not self._reach.has_answered(r, asked)}
+            if leaves_doubtful(current, {n for n, _ in gone | out}, {n for n, _ in silent}):
+                return False
         self._asked_about = gone
+        return True
 
     async def _ping_reported(self) -> None:
         async with trio.open_nursery() as nursery:

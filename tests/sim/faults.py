@@ -243,6 +243,7 @@ class Faults:
         if node and node.process:
             self.say(f"fail a read of {node.name}")
             node.process.fail_next["pread"] = errno.EIO
+            self.world.failed_reads[node.name] += 1
             await trio.lowlevel.checkpoint()
 
     async def replace_disk(self) -> None:

@@ -8,6 +8,7 @@ import secrets
 import struct
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -107,6 +108,8 @@ class ScrubWatch(logging.Handler):
             world.salvaged.add(name)
         if record.name not in (selfcheck.__name__, agreement.__name__):
             return
+        if "it cannot be read" in record.getMessage() and world.failed_reads[name] > 1:
+            return  # The same object was met twice; it is tried again.
         known = {world.spoiled.name, *world.salvaged} if world.spoiled else world.salvaged
         is_lost = record.levelno >= logging.ERROR
         if name not in known or (is_lost and not world.salvaged):
@@ -231,6 +234,8 @@ class World:
         """Whether daemons push each new map to their clients, which nothing may depend on."""
         self.gone: set[int] = set()
         """Ids of nodes that never come back."""
+        self.failed_reads = Counter[str]()
+        """Name of a node -> how often one of its reads has failed."""
         self.spoiled: SimNode | None = None
         """The one node whose disk may hold other data than was written."""
         self.salvaged: set[str] = set()

@@ -134,7 +134,8 @@ async def until(condition: Callable[[], bool], deadline_s: float = 30.0) -> floa
 async def cluster_of(count: int) -> AsyncIterator[Cluster]:
     async with trio.open_nursery() as nursery:
         cluster = Cluster(nursery)
-        await cluster.want_pool(3)
+        for copies in (2, 3):
+            await cluster.want_pool(copies)
         for node in range(1, count + 1):
             cluster.start(node)
         await cluster.settle(count)
@@ -231,6 +232,27 @@ async def test_a_leader_told_of_one_dead_node_finds_the_other(autojump_clock: Mo
         leading.leader.report(dead.node, dead.announcer.incarnation)
         await until(lambda: list(cluster.states().values()).count(NodeState.DOWN) == 2)
         assert cluster.map.epoch == epoch + 1, "one map for both"
+
+
+async def test_who_would_leave_a_group_to_a_silent_node_is_not_voted_out_before_that_one_is_judged(
+    autojump_clock: MockClock,
+) -> None:
+    """A host vanishes, then another daemon's lease ends: together they may be all that has data."""
+    async with cluster_of(4) as cluster:
+        leading = the_leader(cluster)
+        dead, vanished = [d for d in cluster.running.values() if d is not leading][:2]
+        before = cluster.map
+        rest = {leading.node, *(d.node for d in cluster.running.values())}
+        rest -= {dead.node, vanished.node}
+        assert not all(rest & set(group.sync) for group in before.pools[2]), "a group of these two"
+        vanished.is_silent = True
+        vanished.scope.cancel()
+        dead.kill()
+        await until(lambda: list(cluster.states().values()).count(NodeState.DOWN) == 2)
+        assert cluster.map.epoch == before.epoch + 1, "one map for both"
+        for old, new in zip(before.pools[2], cluster.map.pools[2], strict=True):
+            if set(old.sync) == {dead.node, vanished.node}:
+                assert set(new.sync) == set(old.sync)
 
 
 async def test_a_report_about_a_killed_leader_is_acted_upon_at_once(
