@@ -28,6 +28,8 @@ async def fence_everywhere(router: Router, vdi: int, token: int) -> None:
     the leader but not from the former holder, and nobody could teach them when they come back.
     They are waited for, until one of them is back and the others have to learn from it.
 
+    The router's map is the newest one then, whatever the old holder did before.
+
     Durability: the fences are on disk at every node asked.
 
     Raises:
@@ -39,7 +41,7 @@ async def fence_everywhere(router: Router, vdi: int, token: int) -> None:
     with trio.move_on_after(FENCE_TIMEOUT_S):
         while True:
             missing = _missing(router, done)
-            if not missing:
+            if not missing and await _is_newest(router):
                 return
             async with trio.open_nursery() as nursery:
                 for node, _ in missing:
@@ -47,14 +49,31 @@ async def fence_everywhere(router: Router, vdi: int, token: int) -> None:
                         nursery.start_soon(_fence_one, link, vdi, token, done, refused)
             if refused:
                 raise refused[0]
-            if _missing(router, done):
+            if _missing(router, done) or not missing:
                 with trio.move_on_after(RETRY_S):
                     await router.wait_map()
     silent = ", ".join(str(node) for node, _ in _missing(router, done))
+    if not silent:
+        raise UnreachableError(f"VDI {vdi} cannot be taken: etcd does not tell the cluster map")
     raise UnreachableError(
         f"VDI {vdi} cannot be taken: node {silent} does not answer, and has not been voted out or "
         "is among the last that hold a group: bring it back (sheepctl cluster status)"
     )
+
+
+async def _is_newest(router: Router) -> bool:
+    """Tell whether the map is the newest one, and take that, now that all nodes refuse.
+
+    The old holder may have been told that a change is done by the members of a later epoch. A node
+    that was out of it, and does not know that yet, would give what it had before.
+    """
+    epoch = router.map.epoch
+    try:
+        await router.refresh()
+    except RetryableError as error:
+        log.info("fencing: the cluster map cannot be read: %s", error)
+        return False
+    return router.map.epoch == epoch
 
 
 def _missing(router: Router, done: set[tuple[int, int]]) -> list[tuple[int, int]]:

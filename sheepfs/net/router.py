@@ -114,6 +114,12 @@ class Router:
         except ProtocolError as error:
             log.warning("dropped a cluster map: %s", error)
 
+    async def refresh(self) -> None:
+        """Take the map that etcd has now. Raises UnreachableError, ProtocolError."""
+        found = await self._fetch_map()
+        if found is not None:
+            self.take_map(found)
+
     async def wait_map(self) -> None:
         """Wait for the next map."""
         await self._map_event.wait()
@@ -264,9 +270,7 @@ class Router:
             if not self.links or quiet >= 10:
                 quiet = 0
                 try:
-                    found = await self._fetch_map()
-                    if found is not None:
-                        self.take_map(found)
+                    await self.refresh()
                 except SheepError as error:
                     log.debug("no map from etcd: %s", error)
             await trio.sleep(MAP_POLL_S if self.map.epoch else 0.1)

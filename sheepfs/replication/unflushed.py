@@ -58,10 +58,14 @@ class Unflushed:
         self.layers.add(ALL_LAYERS)
 
     def map_changed(self, old: ClusterMap, new: ClusterMap) -> None:
-        """Note whether unflushed changes were lost with the members that left."""
+        """Note whether unflushed changes were lost with the members that left.
+
+        Who was only joining does not count: the one that it learnt from may have lost them before,
+        if this mount has slept through that.
+        """
         lost = set()
         for pool, pg in self.groups | self._flushing:
-            had = old.pools[pool][pg].members if pool in old.pools else ()
+            had = old.pools[pool][pg].sync if pool in old.pools else ()
             stayed = any(
                 node in had
                 and node in old.nodes

@@ -12,6 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from fakes.etcd import FakeEtcd
+from sheepfs.connecting import fetch_map
 from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
 from sheepfs.holding.holding import LEASE_TTL_S, Holding
@@ -35,7 +36,7 @@ class Open:
 @asynccontextmanager
 async def holding(etcd: FakeEtcd, volumes: list[Open]) -> AsyncIterator[Holding]:
     config = await ensure_config(etcd, KEYS, 8)
-    router = Router(config.cluster, lambda: trio.sleep_forever())
+    router = Router(config.cluster, lambda: fetch_map(etcd, KEYS))
     async with trio.open_nursery() as nursery:
         yield Holding(
             *(etcd, KEYS, Catalog(etcd, KEYS), router, "host:1:/mnt", nursery),
