@@ -12,12 +12,11 @@ from sim.running import SOAK, Seeds, simulate
 FINDERS = {
     "acknowledge_early": 2,
     "skip_epoch_check": 4,
-    "serve_before_caught_up": 1,
-    "forget_dirty_marks": 10,
+    "serve_before_caught_up": 2,
+    "forget_dirty_marks": 1,
     "retry_failed_sync": 16,
-    "delete_strays_unconfirmed": 25,
-    "level_from_the_stale_side": 15,
-    "keep_links_to_the_voted_out": 71,
+    "delete_strays_unconfirmed": 31,
+    "level_from_the_stale_side": 4,
 }
 """A seed from 0 to 199 that finds the bug, to begin with. Any change of the code moves them; the
 test then takes longer, and a run of `python -m sim 0-199 --bug NAME --first` gives the new one."""
@@ -40,6 +39,8 @@ def test_a_seed_is_one_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found_within_200_seeds(bug: str) -> None:
+    if bug not in FINDERS and not SOAK:
+        pytest.skip("only with SHEEPFS_SOAK=1: the first seed that finds it is far behind")
     first = 0 if SOAK else FINDERS[bug]
     seeds = [f"{first}-199", *([f"0-{first - 1}"] if first else [])]
     done = simulate(*seeds, "--bug", bug, "--first")
