@@ -18,6 +18,7 @@ from sheepfs.core.errors import (
     CorruptError,
     ObjectNotFoundError,
     RecoveringError,
+    SheepError,
     Status,
 )
 from sheepfs.core.geometry import BLOCK_SIZE, describe_oid, layer_of, pool_of
@@ -147,10 +148,19 @@ def copy_map(store: ObjectStore, base: int, header: Header) -> None:
 
     Inheriting would cost more: a VDI's map goes on changing, and each change of a block would
     first have to be copied to every snapshot since the last one.
+
+    All or nothing: what was made half-way would be taken for done when the change is sent again.
     """
     oid = header.oid
+    pieces = [
+        (block * BLOCK_SIZE, store.read(base, block * BLOCK_SIZE, BLOCK_SIZE, wait=True) or ())
+        for block in blocks_in(store.extents(base))
+    ]
     store.write(oid, 0, b"", header.version, create=True, pool=header.pool, pg=header.pg)
-    for block in blocks_in(store.extents(base)):
-        at = block * BLOCK_SIZE
-        data = b"".join(store.read(base, at, BLOCK_SIZE, wait=True) or ())
-        store.write(oid, at, data, header.version)
+    try:
+        for at, piece in pieces:
+            store.write(oid, at, b"".join(piece), header.version)
+    except SheepError:
+        with suppress(SheepError):
+            store.delete(oid)
+        raise

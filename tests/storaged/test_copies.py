@@ -13,7 +13,15 @@ import trio
 
 from fakes.static_cluster import PG_COUNT, StaticCluster, StaticNode, static_cluster
 from fakes.waiting import wait_until
-from sheepfs.core.errors import ObjectNotFoundError, StaleObjectError, UsageError
+from sheepfs.core.errors import (
+    DiskError,
+    NoSpaceError,
+    ObjectNotFoundError,
+    SheepError,
+    StaleObjectError,
+    UnreachableError,
+    UsageError,
+)
 from sheepfs.core.geometry import data_object, layer_of, make_layer, map_object, pg_of
 from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, FLAG_KEEP_MAPS, RANGE, Header, Op
 from sheepfs.net.router import Router
@@ -349,3 +357,43 @@ async def test_reclaim_removes_what_no_range_names_and_keeps_copies_whole(tmp_pa
 def test_objects_are_pulled_after_what_they_may_be_made_of() -> None:
     oids = [LAST, map_object(OPEN, 0), BASE_OID, OID, data_object(OLD, 4)]
     assert waves(oids) == [[BASE_OID, data_object(OLD, 4)], [map_object(OPEN, 0), OID], [LAST]]
+
+
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [("read", DiskError("Input/output error")), ("write", NoSpaceError("the disk is full"))],
+)
+async def test_a_map_is_copied_as_a_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, error: SheepError
+) -> None:
+    """A copy that failed half-way is sent again: it must not be taken for done."""
+    base, copy = map_object(OLD, 0), map_object(OPEN, 0)
+    async with static_cluster(tmp_path) as (cluster, router):
+        holder = Holder(cluster, router)
+        await holder.create(base, b"a" * BLOCK, V + 1)
+        await holder.all(
+            Op.WRITE, base, b"b" * BLOCK, offset=2 * BLOCK, span=BLOCK, prev=V + 1, version=V + 2
+        )
+        store = cluster.nodes[1].store
+        original = getattr(store, method)
+        calls: list[int] = []
+
+        def failing(oid: int, offset: int, *args: Any, **fields: Any) -> Any:
+            if offset == 2 * BLOCK and oid in (base, copy):
+                calls.append(oid)
+                raise error
+            return original(oid, offset, *args, **fields)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, method, failing)
+            with pytest.raises((type(error), UnreachableError)):
+                await holder.call(
+                    Op.WRITE, copy, BASE.pack(OLD), node=1, prev=V + 2, version=V + 3,
+                    flags=FLAG_COPY,
+                )  # fmt: skip
+        assert calls
+        assert store.get(copy) is None
+        await wait_until(lambda: router.link(1))
+        await holder.copy(base, copy, b"", V + 2, V + 3)
+        for node in cluster.nodes.values():
+            assert node.store.sums(copy) == node.store.sums(base)
