@@ -59,6 +59,8 @@ class Router:
         """Called with (old, new) after each new map."""
         self.on_link: list[Callable[[Link], None]] = []
         """Called when a link is up."""
+        self.on_end: list[Callable[[], None]] = []
+        """Called when no more links will be: what waits for a node would wait for ever."""
         self._fetch_map = fetch_map
         self._skip_node = skip_node
         self._network = network
@@ -76,12 +78,16 @@ class Router:
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the links until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            self._keep_links()
-            nursery.start_soon(self._poll_map)
-            nursery.start_soon(self._pump)
-            task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._keep_links()
+                nursery.start_soon(self._poll_map)
+                nursery.start_soon(self._pump)
+                task_status.started()
+        finally:
+            for listener in list(self.on_end):
+                listener()
 
     def take_map(self, new: ClusterMap) -> None:
         """Take a map from wherever it came; older ones and other clusters' are dropped."""

@@ -66,6 +66,7 @@ class Replicator:
         self._idle = trio.Event()
         router.on_map.append(self._map_changed)
         router.on_link.append(self._link_up)
+        router.on_end.append(self._links_end)
 
     @property
     def busy(self) -> bool:
@@ -86,6 +87,7 @@ class Replicator:
         """Forget the router; changes still under way fail with EIO."""
         self.router.on_map.remove(self._map_changed)
         self.router.on_link.remove(self._link_up)
+        self.router.on_end.remove(self._links_end)
         self._fail_all(errno.EIO)
 
     def _fail_all(self, code: int) -> None:
@@ -339,6 +341,9 @@ class Replicator:
             return not change.request or pools[pool][pg].changed > change.epoch
 
         self._send_again([change for change in self._inflight if is_stale(change)])
+
+    def _links_end(self) -> None:
+        self.fence("the connection to the cluster has ended")
 
     def _link_up(self, link: Link) -> None:
         self._routes.clear()

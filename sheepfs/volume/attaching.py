@@ -218,10 +218,11 @@ class Holder(RecordKeeper):
             self._has_mended()
             self._reader.token = 0
             flusher.fail_waiting()
-            record = self._current_record(durable=problem is None)
+            durable = problem is None and not replicator.fenced
+            record = self._current_record(durable=durable)
             self.record = dataclasses.replace(record, layer=self.open_layer, next=0)
             self._map = VdiMap(self.record.maps, self._load_map)
-            clean = problem is None and replicator.level and not self._convergence.pending
+            clean = durable and replicator.level and not self._convergence.pending
             await self._attacher.detach(attachment, self.record, clean=clean, dropped=dropped)
             self.record = dataclasses.replace(self.record, clean=clean)
             log.info(

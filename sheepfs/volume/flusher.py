@@ -78,7 +78,7 @@ class Flusher:
 
     def flush(self, done: Completed) -> None:
         """Make every change completed before this call durable on every member (I1)."""
-        if self._replicator.fenced:
+        if self._replicator.fenced or self._closed:
             done(errno.EIO)
         elif self._busy:
             self._waiters.append(done)
@@ -132,7 +132,7 @@ class Flusher:
         return bool(self._waiters or self._served or self._busy)
 
     def fail_waiting(self) -> None:
-        """Answer everybody with EIO: the VDI is being let go."""
+        """Answer everybody with EIO, now and from now on: the VDI is being let go."""
         self._closed = True
         waiters = self._served + self._waiters
         self._served, self._waiters = [], []
@@ -140,7 +140,13 @@ class Flusher:
             done(errno.EIO)
 
     async def run(self) -> None:
-        """Flush for everyone who asked before it began, until cancelled."""
+        """Flush for everyone who asked before it began, until cancelled; then nobody waits."""
+        try:
+            await self._run()
+        finally:
+            self.fail_waiting()
+
+    async def _run(self) -> None:
         while True:
             with trio.move_on_after(FLUSH_EVERY_S):
                 await self._wanted.wait()

@@ -139,6 +139,10 @@ class SimNetwork:
         self._streams.pop(direction, None)
 
 
+class StandstillError(BaseException):
+    """Nothing will ever happen again."""
+
+
 class SimClock(trio.abc.Clock):
     """A clock that jumps to whatever comes first, the next deadline or what the network delivers.
 
@@ -162,7 +166,9 @@ class SimClock(trio.abc.Clock):
         due = self._network.next_due
         first = min(deadline, due)
         if first == math.inf:
-            return first
+            raise StandstillError(
+                "every task waits, none with a deadline, and nothing is under way"
+            )
         self._now = max(self._now, first)
         if due <= deadline:
             self._network.deliver_due()

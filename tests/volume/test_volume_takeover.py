@@ -325,3 +325,29 @@ async def test_a_damaged_object_is_copied_if_a_member_has_a_good_one(
             return
         with pytest.raises(OperationError, match="EIO"):
             await mount.write(OBJECT_SIZE + 1, b"b")
+
+
+async def test_a_detach_ends_when_the_links_do_and_says_nothing_is_clean(tmp_path: Path) -> None:
+    """As where a task of the mount fails for a reason of its own: all others are cancelled."""
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        mount = StaticMount(cluster, etcd)
+        volume = await mount.start()
+        await mount.write(OBJECT_SIZE, b"a" * BLOCK)
+        cluster.nodes[2].stop()
+        detached = trio.Event()
+
+        async def detach() -> None:
+            with trio.CancelScope(shield=True), pytest.raises(OperationError):
+                await volume.detach()
+            detached.set()
+
+        cluster.nursery.start_soon(detach)
+        flusher = volume.flusher
+        assert flusher is not None
+        await wait_until(lambda: flusher.is_asked)
+        mount._scope.cancel()
+        with trio.fail_after(5):
+            await detached.wait()
+        assert etcd.holder is None
+        assert not etcd.record.clean
