@@ -24,8 +24,8 @@ class ObjectState:
     """What the holder knows of one object; `ready` when its replicas are known to be equal."""
 
     __slots__ = (
-        "group", "layer", "oid", "oldest", "opening", "queue", "ready", "uneven", "version",
-        "waiters",
+        "changes", "group", "layer", "oid", "oldest", "opening", "queue", "ready", "uneven",
+        "version", "waiters",
     )  # fmt: skip
 
     def __init__(self, oid: int, group: Group) -> None:
@@ -39,7 +39,10 @@ class ObjectState:
         """Level to the oldest copy: a member refused a change for lack of space."""
         self.uneven = False
         """Members are known to differ: nothing may be read before they are level."""
+        self.changes: list[Change] = []
+        """Under way, by version."""
         self.queue: list[Change] = []
+        """Waiting until the object is open."""
         self.waiters: list[Callable[[SheepError | None], None]] = []
 
 

@@ -181,6 +181,7 @@ class Replicator:
         self._sequence += 1
         change.prev = state.version if change.base is None else change.base.version
         change.version = state.version = self._sequence
+        state.changes.append(change)
         self._inflight[change] = None
         self._send(change)
 
@@ -224,13 +225,26 @@ class Replicator:
         return links
 
     def completed(self, change: Change) -> None:
-        """Every member accepted the change."""
-        self._inflight.pop(change, None)
+        """Every member accepted the change.
+
+        So it did all before it of the same object, which may have been sent again since then and
+        wait for answers: what comes last is complete when they are. Nothing that happens later may
+        undo them, above all not the creation of the object.
+        """
         state = change.state
+        earlier: list[Change] = []
+        if state.changes[0] is not change:
+            earlier = state.changes[: state.changes.index(change)]
+            for each in earlier:
+                self._take_back(each)
+        del state.changes[0]
+        del self._inflight[change]
         self.unflushed.groups.add(state.group)
         self.unflushed.layers.add(state.layer)
         if not self._inflight:
             self._idle.set()
+        for each in earlier:
+            each.done(0)
         change.done(0)
 
     def refused(
@@ -278,7 +292,9 @@ class Replicator:
     def _take_back(self, change: Change) -> None:
         """Answers to a change are ignored from now on."""
         change.request = 0
-        self._inflight.pop(change, None)
+        if change in self._inflight:
+            del self._inflight[change]
+            change.state.changes.remove(change)
         self._parked.pop(change, None)
 
     def _no_space(self, change: Change) -> None:
@@ -287,7 +303,7 @@ class Replicator:
         if change.flags & _MAKES:
             # The map never named the object; the next creation voids what some members made.
             self.objects.pop(state.oid, None)
-            failed = [*sorted(self._changes_of(state), key=_by_version), *state.queue]
+            failed = [*state.changes, *state.queue]
             state.queue = []
         else:
             state.oldest = True
@@ -299,12 +315,9 @@ class Replicator:
         for victim in failed:
             victim.done(errno.ENOSPC)
 
-    def _changes_of(self, state: ObjectState) -> list[Change]:
-        return [change for change in self._inflight if change.state is state]
-
     def in_use(self, state: ObjectState) -> bool:
         """Tell whether anything waits for an object."""
-        return bool(state.opening or state.queue or self._changes_of(state))
+        return bool(state.opening or state.queue or state.changes)
 
     def fence(self, reason: str) -> None:
         """Another holder took over: everything under way fails, and all that comes."""
@@ -404,7 +417,7 @@ class Replicator:
     def _reopen(self, state: ObjectState) -> None:
         """Replicas disagree: take back what is under way, level them, then go on."""
         self.distrust(state)
-        again = sorted(self._changes_of(state), key=_by_version)
+        again = list(state.changes)
         for change in again:
             self._take_back(change)
         state.queue[:0] = again

@@ -38,15 +38,17 @@ class Unflushed:
         groups: groups with complete changes that were not flushed.
         layers: layers of their objects; `ALL_LAYERS` stands for any.
         losses: how often every member that had accepted unflushed changes of a group was lost.
+        lost: the groups of losses that are not mended yet.
     """
 
     def __init__(self, replicator: Replicator) -> None:
         self.groups: set[Group] = set()
         self.layers: set[int] = set()
         self.losses = 0
+        self.lost: set[Group] = set()
         self._mended = 0
         self._told = 0
-        self._lost = trio.Event()
+        self._something_lost = trio.Event()
         self.on_loss: Callable[[], None] = lambda: None
         self._replicator = replicator
         self._flushing: set[Group] = set()
@@ -80,19 +82,22 @@ class Unflushed:
                 lost.add((pool, pg))
         if lost:
             self.losses += 1
-            self._lost.set()
+            self.lost |= lost
+            self._something_lost.set()
             self.on_loss()
             self._replicator.fail_groups(lost)
 
     async def wait_lost(self) -> None:
         """Wait until writes may have been lost, and the map be mended."""
         while self.losses == self._mended:
-            self._lost = trio.Event()
-            await self._lost.wait()
+            self._something_lost = trio.Event()
+            await self._something_lost.wait()
 
     def mended(self, losses: int) -> bool:
         """The map names only what is left after so many losses; tells if that were all."""
         self._mended = losses
+        if losses == self.losses:
+            self.lost = set()
         return losses == self.losses
 
     def told(self) -> None:

@@ -8,6 +8,7 @@ Always holds:
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 
@@ -72,7 +73,26 @@ class CopyOnWrite:
         The map's page is loaded, and the object not being copied (`wait_for`).
         """
         self._waiting[index] = []
-        self._nursery.start_soon(self._run, index, target, op, within, span, data, done)
+        losses = self._replicator.unflushed.losses
+
+        def made(code: int) -> None:
+            # After a loss the map goes back to what it named before.
+            is_lost = self._replicator.unflushed.losses != losses
+            self._made(index, target, errno.EIO if is_lost else code, done)
+
+        self._nursery.start_soon(self._run, index, target, op, within, span, data, made)
+
+    def _made(self, index: int, target: int, code: int, done: Completed) -> None:
+        if code:
+            oid = data_object(target, index)
+            self._failed(oid, self._replicator.state(oid).version)
+        else:
+            self._map.replace(index, target)
+            self.copied += 1
+        waiting = self._waiting.pop(index)
+        done(code)
+        for again in waiting:
+            again()
 
     async def _run(
         self, index: int, target: int, op: int, within: int, span: int, data: Buffer,
@@ -90,15 +110,7 @@ class CopyOnWrite:
         except SheepError as error:
             code = to_errno(error)
             log.warning("VDI %d: object %d: %s", self._replicator.vdi, index, error)
-        if code:
-            self._failed(state.oid, state.version)
-        else:
-            self._map.replace(index, target)
-            self.copied += 1
-        waiting = self._waiting.pop(index)
         done(code)
-        for again in waiting:
-            again()
 
     async def _copy_over(
         self, state: ObjectState, base: int, op: int, within: int, span: int, data: Buffer

@@ -6,7 +6,10 @@ Always holds:
   lost of other objects reads as it was at the last flush.
 - A copy of a frozen object is given up: of what was changed in it, the old bytes are not in it.
 - Other objects that survived stay: nodes that were only started anew together have lost nothing.
-- Changes under way when the loss is noticed fail: they build on what may be gone.
+- What a group has that lost nothing stays as it is, copies too.
+- Changes under way in the groups that lost something fail when that is noticed: they build on what
+  may be gone. Those that come, or go on, before the map is mended wait until it is: what is made
+  meanwhile would be given up too.
 - Until this is done no flush is carried out, so no map that names what is gone is ever stored; from
   then on each one tells of the loss until the VDI is let go (sheepfs.volume.flusher).
 """
@@ -44,6 +47,8 @@ async def mend_map(
     gone = holes = 0
     for index, (layer, stored) in (await vdi_map.lost(stored_maps)).items():
         if layer != open_layer:
+            continue
+        if replicator.state(data_object(layer, index)).group not in replicator.unflushed.lost:
             continue
         if stored or not await _is_there(replicator, index, layer, vdi_map.born_after(index)):
             vdi_map.replace(index, stored)

@@ -179,7 +179,7 @@ class MapWriter(MapReader):
             self._later(lambda: self._load_and_write(index, within, data, done), done)
         elif layer == 0:
             self._create(replicator, index, within, data, done)
-        elif not self._copying(index, lambda: self._write_piece(index, within, data, done)):
+        elif not self._copying(index, lambda: self._go_on_writing(index, within, data, done)):
             self._copy(index, Op.WRITE, within, len(data), data, done)
 
     def _copying(self, index: int, again: Callable[[], None]) -> bool:
@@ -197,14 +197,21 @@ class MapWriter(MapReader):
         self, index: int, within: int, data: Buffer, done: Completed
     ) -> None:
         await self._attach()
-        self._write_piece(index, within, data, done)
+        self._go_on_writing(index, within, data, done)
 
     async def _load_and_write(self, index: int, within: int, data: Buffer, done: Completed) -> None:
         try:
             await self._map.load(index)
-            self._write_piece(index, within, data, done)
+            self._go_on_writing(index, within, data, done)
         finally:
             self._passing -= 1
+
+    def _go_on_writing(self, index: int, within: int, data: Buffer, done: Completed) -> None:
+        """Write what passed the gate and waited since then; a map that is being mended first."""
+        if self._mending is None:
+            self._write_piece(index, within, data, done)
+        else:
+            self._held.append(lambda: self._write_piece(index, within, data, done))
 
     def _create(
         self, replicator: Replicator, index: int, within: int, data: Buffer, done: Completed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
 from sheepfs.core.errors import HeldElsewhereError, NoSpaceError, SheepError
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, map_object
+from sheepfs.replication import replicator as replication
 from sheepfs.volume import flusher, recording
 
 BLOCK = 4096
@@ -190,6 +192,25 @@ async def test_a_read_beside_a_creation_that_stalls_gives_zeros(tmp_path: Path) 
         assert await here.read(0, BLOCK) == A
 
 
+async def test_what_is_written_to_an_object_is_read_though_its_creation_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replication, "RETRY_S", math.inf)
+    async with mounted(tmp_path, OBJECT_SIZE) as (_, here, _):
+        await here.volume.attach()
+        await here.read(0, 1)
+        codes: list[int] = []
+        here.volume.write(0, A, codes.append)
+        assert here.volume.replicator is not None
+        creation = here.volume.replicator.objects[data_object(LAYER, 0)].changes[0]
+        # A member was busy; all others have carried it out.
+        here.volume.replicator.park(creation)
+        await here.write(BLOCK, B)
+        assert codes == [0]
+        assert await here.read(0, 2 * BLOCK) == A + B
+        await here.flush()
+
+
 # -- flushes ------------------------------------------------------------------------------------
 
 
@@ -204,7 +225,7 @@ async def test_lost_writes_are_told_to_every_flush_also_when_none_waited_for_the
         assert replicator is not None
         unflushed = replicator.unflushed
         unflushed.losses += 1
-        unflushed._lost.set()
+        unflushed._something_lost.set()
         await here.write(0, B)
         await wait_until(lambda: unflushed._intact)
         for _ in range(2):

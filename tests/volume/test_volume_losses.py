@@ -14,7 +14,13 @@ from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
 from sheepfs.core.errors import SheepError
-from sheepfs.core.geometry import MAP_ENTRIES_PER_OBJECT, OBJECT_SIZE, data_object, map_object
+from sheepfs.core.geometry import (
+    MAP_ENTRIES_PER_OBJECT,
+    OBJECT_SIZE,
+    data_object,
+    map_object,
+    pg_of,
+)
 from storaged.store.objects import ObjectStore
 
 BLOCK = 4096
@@ -226,9 +232,75 @@ async def test_a_copy_that_is_gone_leaves_the_frozen_object(tmp_path: Path) -> N
         assert await here.read(0, 2 * BLOCK) == A + C
 
 
+def lose(mount: StaticMount, index: int) -> None:
+    """As a map does that has none of the members which had the unflushed writes of an object."""
+    replicator = mount.volume.replicator
+    assert replicator is not None
+    unflushed = replicator.unflushed
+    unflushed.losses += 1
+    unflushed.lost.add(replicator.state(data_object(mount.volume.open_layer, index)).group)
+    unflushed.on_loss()
+    unflushed._something_lost.set()
+
+
+async def test_a_copy_in_a_group_that_lost_nothing_stays(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        here = await mount_of(cluster, StaticRecord())
+        pgs = len(cluster.map.pools[3])
+        first = pg_of(data_object(LAYER, 0), pgs)
+        other = next(i for i in range(1, 99) if pg_of(data_object(LAYER, i), pgs) != first)
+        for index in (0, other):
+            await here.write(index * OBJECT_SIZE, A)
+        await here.snapshot()
+        for index in (0, other):
+            await here.write(index * OBJECT_SIZE, B)
+        lose(here, 0)
+        await has_mended(here)
+        assert await here.read(0, BLOCK) == A
+        assert await here.read(other * OBJECT_SIZE, BLOCK) == B
+
+
+async def test_a_write_that_waits_for_its_map_page_is_not_lost_with_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        here = await mount_of(cluster, StaticRecord())
+        await here.write(0, A)
+        await here.snapshot()
+        vdi_map = here.volume._map
+        load, codes = vdi_map.load, list[int]()
+
+        async def load_until_lost(index: int) -> None:
+            await load(index)
+            lose(here, 0)
+
+        vdi_map.pages.clear()
+        monkeypatch.setattr(vdi_map, "load", load_until_lost)
+        here.volume.write(0, B, codes.append)
+        await wait_until(lambda: codes == [0])
+        monkeypatch.undo()
+        await has_mended(here)
+        assert await here.read(0, BLOCK) == B
+
+
+async def test_a_copy_under_way_when_writes_are_lost_fails(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        here = await mount_of(cluster, StaticRecord())
+        await here.write(0, A)
+        await here.snapshot()
+        codes: list[int] = []
+        here.volume.write(0, B, codes.append)
+        await wait_until(lambda: here.volume._copies is not None and here.volume._copies.busy)
+        lose(here, 0)
+        await wait_until(lambda: codes == [errno.EIO])
+        await has_mended(here)
+        assert await here.read(0, BLOCK) == A
+        await here.write(0, C)
+        assert await here.read(0, BLOCK) == C
+
+
 async def test_a_map_object_that_is_gone_is_not_named_any_more(tmp_path: Path) -> None:
     index = MAP_ENTRIES_PER_OBJECT + 3
-    gone = data_object(LAYER, index), map_object(LAYER, 1)
     async with static_cluster(tmp_path) as (cluster, _):
         etcd = StaticRecord((index + 1) * OBJECT_SIZE)
         here = await mount_of(cluster, etcd)
@@ -245,13 +317,13 @@ async def test_a_map_object_that_is_gone_is_not_named_any_more(tmp_path: Path) -
             nonlocal flushes
             flushes += 1
             if flushes == 2:
-                # The map is stored now, and in the page cache only.
-                await lose_power(cluster, here, *gone)
+                # The data is durable; the map is stored, and in the page cache only.
+                await lose_power(cluster, here, map_object(LAYER, 1))
             await make_durable()
 
         replicator.unflushed.make_durable = stored_and_not_durable  # type: ignore[method-assign]
         await has_mended(here)
-        assert await here.read(index * OBJECT_SIZE, BLOCK) == bytes(BLOCK)
+        assert await here.read(index * OBJECT_SIZE, BLOCK) == B
         await here.write(index * OBJECT_SIZE, C)
         await let_go(here)
         assert etcd.record.maps == 3
