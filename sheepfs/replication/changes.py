@@ -87,7 +87,7 @@ class Change:
     def answer(self, link: Link, header: Header | None, payload: memoryview | None) -> None:
         """Take one member's answer; answers to a former sending of this change are ignored."""
         if header is None:
-            self.owner.park(self)
+            self.owner.sender.park(self)
         elif header.status:
             if header.request == self.request:
                 self.owner.refused(self, link, header, payload)

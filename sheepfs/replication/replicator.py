@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Set as AbstractSet
-from operator import attrgetter
 
 import trio
 
@@ -23,22 +22,21 @@ from sheepfs.callbacks import Completed, ignore_answer
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import SheepError, Status, to_errno
 from sheepfs.core.geometry import describe_oid, pg_of, pool_of
-from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, Buffer, Header, Op, prepare
+from sheepfs.core.wire import BASE, FLAG_COPY, FLAG_CREATE, Buffer, Header, Op
 from sheepfs.logs import fields
 from sheepfs.net.link import Link, describe, next_request
 from sheepfs.net.router import Router
 from sheepfs.replication.changes import Change, Group, ObjectState
 from sheepfs.replication.levelling import Leveller
+from sheepfs.replication.sending import Sender
 from sheepfs.replication.unflushed import Unflushed
 
 log = logging.getLogger(__name__)
 
-RETRY_S = 0.02
-STALL_LOG_S = 5.0
+SETTLE_POLL_S = 0.02
 SEQUENCE_BITS = 40
 
 _DISAGREE = (Status.STALE_OBJECT, Status.NOT_FOUND, Status.CORRUPT)
-_by_version = attrgetter("version")
 _MAKES = FLAG_CREATE | FLAG_COPY
 """Changes that make an object, whatever a replica may have of that name."""
 
@@ -55,14 +53,10 @@ class Replicator:
         self.generation = generation
         self.objects: dict[int, ObjectState] = {}
         self.fenced = False
-        self.stalled = ""
         self.unflushed = Unflushed(self)
         self._leveller = Leveller(self, nursery)
         self._sequence = generation << SEQUENCE_BITS
-        self._inflight: dict[Change, None] = {}
-        self._parked: dict[Change, None] = {}
-        self._routes: dict[Group, list[Link]] = {}
-        self._retry = trio.Event()
+        self.sender = Sender(router, vdi, token)
         self._idle = trio.Event()
         router.on_map.append(self._map_changed)
         router.on_link.append(self._link_up)
@@ -71,7 +65,12 @@ class Replicator:
     @property
     def busy(self) -> bool:
         """Whether changes are under way."""
-        return bool(self._inflight)
+        return bool(self.sender.under_way)
+
+    @property
+    def stalled(self) -> str:
+        """Why changes do not move, or an empty string (I12)."""
+        return self.sender.stalled
 
     @property
     def last_version(self) -> int:
@@ -91,16 +90,19 @@ class Replicator:
         self._fail_all(errno.EIO)
 
     def _fail_all(self, code: int) -> None:
-        self._fail([*self._inflight, *(c for s in self.objects.values() for c in s.queue)], code)
+        self._fail(self._unanswered(), code)
 
     def fail_groups(self, groups: AbstractSet[Group]) -> None:
         """What is under way in these groups builds on changes that were lost: it fails (EIO)."""
+        self._fail([c for c in self._unanswered() if c.state.group in groups], errno.EIO)
+
+    def _unanswered(self) -> list[Change]:
         queued = (change for state in self.objects.values() for change in state.queue)
-        self._fail([c for c in (*self._inflight, *queued) if c.state.group in groups], errno.EIO)
+        return [*self.sender.under_way, *queued]
 
     def _fail(self, changes: list[Change], code: int) -> None:
         for change in changes:
-            self._take_back(change)
+            self.sender.take_back(change)
             change.state.queue = []
         for change in changes:
             change.done(code)
@@ -182,47 +184,8 @@ class Replicator:
         change.prev = state.version if change.base is None else change.base.version
         change.version = state.version = self._sequence
         state.changes.append(change)
-        self._inflight[change] = None
-        self._send(change)
-
-    def _send(self, change: Change) -> None:
-        state = change.state
-        links = self._routes.get(state.group) or self._route(state.group)
-        if links is None:
-            self.park(change)
-            return
-        change.request = request = next_request()
-        change.epoch = epoch = self.router.map.epoch
-        change.left = len(links)
-        payload = change.payload
-        pool, pg = state.group
-        unsealed = prepare(
-            change.op, change.flags, request, epoch, self.vdi, pool, pg, self.token,
-            state.oid, change.offset, change.span, change.prev, change.version,
-            len(payload), change.checksum,
-        )  # fmt: skip
-        for link in links:
-            if link.lost:
-                self._routes.pop(state.group, None)
-                self.park(change)
-                return
-            link.changes[request] = change
-            link.connection.send_frame(unsealed.seal(link.session), payload)
-
-    def _route(self, group: Group) -> list[Link] | None:
-        """Give links to all members, if the group takes writes and all of them are linked."""
-        cluster_map = self.router.map
-        pool, pg = group
-        if not cluster_map.writable(pool, pg):
-            return None
-        links = []
-        for node in cluster_map.pools[pool][pg].members:
-            link = self.router.link(node)
-            if link is None:
-                return None
-            links.append(link)
-        self._routes[group] = links
-        return links
+        self.sender.under_way[change] = None
+        self.sender.send(change)
 
     def completed(self, change: Change) -> None:
         """Every member accepted the change.
@@ -236,12 +199,12 @@ class Replicator:
         if state.changes[0] is not change:
             earlier = state.changes[: state.changes.index(change)]
             for each in earlier:
-                self._take_back(each)
+                self.sender.take_back(each)
         del state.changes[0]
-        del self._inflight[change]
+        del self.sender.under_way[change]
         self.unflushed.groups.add(state.group)
         self.unflushed.layers.add(state.layer)
-        if not self._inflight:
+        if not self.sender.under_way:
             self._idle.set()
         for each in earlier:
             each.done(0)
@@ -253,12 +216,12 @@ class Replicator:
         """A member refused the change: wait and send again, open the object again, or fail."""
         status = header.status
         if status == Status.STALE_EPOCH:
-            self.park(change)
+            self.sender.park(change)
             if payload:
                 self.router.take_encoded(bytes(payload))
         elif status == Status.CORRUPT and change.damaged == change.prev and change.base is None:
             # It was opened again since, and no member had carried the change out: all are damaged.
-            self._take_back(change)
+            self.sender.take_back(change)
             self._reopen(change.state)
             change.done(errno.EIO)
         elif status in _DISAGREE:
@@ -268,7 +231,7 @@ class Replicator:
                 self._reopen(change.state)
             else:
                 # A delete is of one version only: what another one holds may be in use.
-                self._take_back(change)
+                self.sender.take_back(change)
                 change.done(errno.ESTALE)
         elif status == Status.FENCED:
             self.fence(describe(bytes(payload or b"")))
@@ -279,7 +242,7 @@ class Replicator:
                 "node %d refused a change of %s: %s",
                 link.node, describe_oid(change.state.oid), describe(bytes(payload or b"")),
             )  # fmt: skip
-            self._take_back(change)
+            self.sender.take_back(change)
             if not change.flags & _MAKES:
                 self._reopen(change.state)
             change.done(errno.EIO)
@@ -287,15 +250,7 @@ class Replicator:
             if status == Status.BUSY and header.epoch < change.epoch:
                 # The member has not seen this epoch yet: show it the map.
                 link.request(Op.MAP, next_request(), ignore_answer, self.router.map.encoded)
-            self.park(change)
-
-    def _take_back(self, change: Change) -> None:
-        """Answers to a change are ignored from now on."""
-        change.request = 0
-        if change in self._inflight:
-            del self._inflight[change]
-            change.state.changes.remove(change)
-        self._parked.pop(change, None)
+            self.sender.park(change)
 
     def _no_space(self, change: Change) -> None:
         """A member has no room: the change fails, and the others must not keep it either."""
@@ -309,7 +264,7 @@ class Replicator:
             state.oldest = True
             failed = [change]
         for victim in failed:
-            self._take_back(victim)
+            self.sender.take_back(victim)
         if not change.flags & _MAKES:
             self._reopen(state)
         for victim in failed:
@@ -329,79 +284,22 @@ class Replicator:
         self.fenced = True
         self._fail_all(errno.EIO)
 
-    # -- sending again ----------------------------------------------------------------------
+    # -- what happens to the cluster ----------------------------------------------------------
 
-    def park(self, change: Change) -> None:
-        """Send a change again a little later, or as soon as the map or a link changes."""
-        if change in self._inflight:
-            change.request = 0
-            self._parked[change] = None
-            self._retry.set()
-
-    def _send_again(self, changes: list[Change]) -> None:
-        for change in sorted(changes, key=_by_version):
-            if change in self._inflight:
-                self._parked.pop(change, None)
-                self._send(change)
+    async def run(self) -> None:
+        """Send again what does not arrive, until cancelled."""
+        await self.sender.run()
 
     def _map_changed(self, old: ClusterMap, new: ClusterMap) -> None:
-        self._routes.clear()
+        self.sender.forget_routes()
         self.unflushed.map_changed(old, new)
-        pools = new.pools
+        self.sender.send_stale(new)
 
-        def is_stale(change: Change) -> bool:
-            pool, pg = change.state.group
-            return not change.request or pools[pool][pg].changed > change.epoch
-
-        self._send_again([change for change in self._inflight if is_stale(change)])
+    def _link_up(self, link: Link) -> None:
+        self.sender.send_parked()
 
     def _links_end(self) -> None:
         self.fence("the connection to the cluster has ended")
-
-    def _link_up(self, link: Link) -> None:
-        self._routes.clear()
-        self._send_again(list(self._parked))
-
-    async def run(self) -> None:
-        """Send parked changes again; say so when something stalls (I12)."""
-        while True:
-            with trio.move_on_after(1.0):
-                await self._retry.wait()
-            self._retry = trio.Event()
-            if self._parked:
-                await trio.sleep(RETRY_S)
-                self._routes.clear()
-                self._send_again(list(self._parked))
-            self._watch_stall()
-
-    def _watch_stall(self) -> None:
-        now = trio.current_time()
-        oldest = next(iter(self._inflight), None)
-        if oldest is not None and not oldest.started:
-            oldest.started = now
-        if oldest is None or now - oldest.started < STALL_LOG_S:
-            if self.stalled:
-                log.warning("VDI %d goes on", self.vdi, extra=fields(event="goes-on", vdi=self.vdi))
-                self.stalled = ""
-            return
-        reason = self._why_stalled(*oldest.state.group)
-        if reason != self.stalled:
-            log.warning(
-                "VDI %d is stalled: %s", self.vdi, reason,
-                extra=fields(event="stalled", vdi=self.vdi),
-            )  # fmt: skip
-        self.stalled = reason
-
-    def _why_stalled(self, pool: int, pg: int) -> str:
-        cluster_map = self.router.map
-        group = cluster_map.pools[pool][pg]
-        needed = cluster_map.needed(pool)
-        if len(group.sync) < needed:
-            return f"group {pg} has {len(group.sync)} of {needed} needed members in sync"
-        away = [n for n in group.members if self.router.link(n) is None]
-        if away:
-            return f"no connection to node {', '.join(map(str, away))}"
-        return f"group {pg}: members {', '.join(map(str, group.members))} have not answered"
 
     # -- opening objects --------------------------------------------------------------------
 
@@ -419,7 +317,7 @@ class Replicator:
         self.distrust(state)
         again = list(state.changes)
         for change in again:
-            self._take_back(change)
+            self.sender.take_back(change)
         state.queue[:0] = again
         self._leveller.open_soon(state)
 
@@ -457,5 +355,5 @@ class Replicator:
         """Wait until no change is under way."""
         while self.busy or any(s.queue or s.opening for s in self.objects.values()):
             self._idle = trio.Event()
-            with trio.move_on_after(RETRY_S):
+            with trio.move_on_after(SETTLE_POLL_S):
                 await self._idle.wait()

@@ -17,7 +17,7 @@ from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
 from sheepfs.core.errors import HeldElsewhereError, NoSpaceError, SheepError
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, map_object
-from sheepfs.replication import replicator as replication
+from sheepfs.replication import sending
 from sheepfs.volume import flusher, recording
 
 BLOCK = 4096
@@ -195,7 +195,7 @@ async def test_a_read_beside_a_creation_that_stalls_gives_zeros(tmp_path: Path) 
 async def test_what_is_written_to_an_object_is_read_though_its_creation_is_sent_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replication, "RETRY_S", math.inf)
+    monkeypatch.setattr(sending, "RETRY_S", math.inf)
     async with mounted(tmp_path, OBJECT_SIZE) as (_, here, _):
         await here.volume.attach()
         await here.read(0, 1)
@@ -204,7 +204,7 @@ async def test_what_is_written_to_an_object_is_read_though_its_creation_is_sent_
         assert here.volume.replicator is not None
         creation = here.volume.replicator.objects[data_object(LAYER, 0)].changes[0]
         # A member was busy; all others have carried it out.
-        here.volume.replicator.park(creation)
+        here.volume.replicator.sender.park(creation)
         await here.write(BLOCK, B)
         assert codes == [0]
         assert await here.read(0, 2 * BLOCK) == A + B
