@@ -197,10 +197,14 @@ def block_sums(view: memoryview) -> list[int]:
     """Give the table entries of the whole blocks in `view`."""
     digest = xxh3_64_intdigest
     sums = [digest(view[i : i + BLOCK_SIZE]) for i in range(0, len(view), BLOCK_SIZE)]
-    # Zero blocks are rare and a digest of 0 is rarer: looked at again only if there is one.
-    if _ZERO_DIGEST in sums or 0 in sums:
-        return [block_sum(view[i : i + BLOCK_SIZE]) for i in range(0, len(view), BLOCK_SIZE)]
-    return sums
+    if _ZERO_DIGEST not in sums and 0 not in sums:
+        return sums
+    return [
+        block_sum(view[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE])
+        if found in (_ZERO_DIGEST, 0)
+        else found
+        for i, found in enumerate(sums)
+    ]
 
 
 def mismatches(view: memoryview, sums: tuple[int, ...]) -> list[int]:

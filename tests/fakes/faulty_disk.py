@@ -20,6 +20,7 @@ from storaged.store.disk import DiskSpace
 
 BLOCK = 4096
 SECTOR = 512
+_HOLE = bytes(BLOCK)
 
 
 @dataclass(eq=False)
@@ -358,7 +359,7 @@ class FaultyDisk:
         if end <= offset:
             return b""
         first = offset // BLOCK
-        blocks = [file.blocks.get(n, bytes(BLOCK)) for n in range(first, -(-end // BLOCK))]
+        blocks = [file.blocks.get(n, _HOLE) for n in range(first, -(-end // BLOCK))]
         return b"".join(blocks)[offset - first * BLOCK : end - first * BLOCK]
 
     def _parent(self, path: str) -> tuple[_Directory, str]:

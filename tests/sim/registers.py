@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 SECTOR = 512
+_HOLE = bytes(SECTOR)
 ZEROS = 0
 """The value of what was never written or was punched."""
 _STAMP = struct.Struct("<8sIIQQ")
@@ -34,7 +35,7 @@ def value_of(volume: int, sector: int, data: bytes) -> int:
     Raises:
         AssertionError: they are none that this sector ever had: torn, or another sector's.
     """
-    if not any(data):
+    if data == _HOLE:
         return ZEROS
     magic, found_volume, _, found_sector, value = _STAMP.unpack_from(data)
     if (magic, found_volume, found_sector) != (_MAGIC, volume, sector) or data != stamp(
