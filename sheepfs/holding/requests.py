@@ -23,7 +23,7 @@ from sheepfs.core.errors import (
     UnreachableError,
 )
 from sheepfs.core.keys import Keys
-from sheepfs.core.kv import Delete, Put, Transaction, Unchanged
+from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
 from sheepfs.core.metadata import RequestRecord
 from sheepfs.net.attach import LEVELLING
 from sheepfs.net.catalog import TRASH_KEEP_S, Catalog
@@ -151,37 +151,56 @@ async def delete_vdi(
 
 async def serve(store: Store, keys: Keys, handler: Handler) -> None:
     """Answer requests for the VDIs that are held here, until cancelled."""
-    busy: set[str] = set()
+    await _Answers(store, keys, handler).run()
 
-    async def put(key: str, request: RequestRecord) -> None:
-        found = await store.get(key)
-        if found is not None:
-            # The lease stays that of who asks.
-            unchanged = Unchanged(key, found.mod_revision)
-            await store.commit(Transaction([unchanged], [Put(key, request.encode(), found.lease)]))
 
-    async def answer(key: str, vdi: int, request: RequestRecord) -> None:
+class _Answers:
+    """The requests that are being answered here, each in a task of its own."""
+
+    def __init__(self, store: Store, keys: Keys, handler: Handler) -> None:
+        self._store = store
+        self._keys = keys
+        self._handler = handler
+        self._busy: set[str] = set()
+
+    async def run(self) -> None:
+        async with (
+            trio.open_nursery() as nursery,
+            self._store.watch(self._keys.requests) as hints,
+        ):
+            async for _ in hints:
+                try:
+                    found, _revision = await self._store.list(self._keys.requests)
+                except UnreachableError as error:
+                    log.debug("requests cannot be read: %s", error)
+                    continue
+                for kv in found:
+                    self._take(nursery, kv)
+
+    def _take(self, nursery: trio.Nursery, kv: KeyValue) -> None:
+        vdi, _, number = kv.key.removeprefix(self._keys.requests).partition("/")
+        try:
+            request = RequestRecord.decode(kv.value)
+        except ProtocolError as error:
+            log.warning("request %s: %s", kv.key, error)
+            return
+        if vdi.isdecimal() and number and not request.outcome and kv.key not in self._busy:
+            self._busy.add(kv.key)
+            nursery.start_soon(self._answer, kv.key, int(vdi), request)
+
+    async def _answer(self, key: str, vdi: int, request: RequestRecord) -> None:
         latest = request
 
         def told(done: int, total: int) -> None:
             nonlocal latest
             latest = dataclasses.replace(request, done=done, total=total)
 
-        async def show_progress() -> None:
-            shown = request
-            while True:
-                await trio.sleep(PROGRESS_S)
-                if latest != shown:
-                    shown = latest
-                    with suppress(UnreachableError):
-                        await put(key, shown)
-
         try:
             try:
                 with plain_errors():
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(show_progress)
-                        held = await handler(vdi, request, told)
+                        nursery.start_soon(self._show_progress, key, request, lambda: latest)
+                        held = await self._handler(vdi, request, told)
                         nursery.cancel_scope.cancel()
                 if not held:
                     return
@@ -189,26 +208,26 @@ async def serve(store: Store, keys: Keys, handler: Handler) -> None:
             except SheepError as error:
                 log.warning("VDI %d: %s asked by another: %s", vdi, request.what, error)
                 outcome = ERROR + str(error)
-            await put(key, dataclasses.replace(latest, outcome=outcome))
+            await self._put(key, dataclasses.replace(latest, outcome=outcome))
         except SheepError as error:
             log.warning("request %s: %s", key, error)
         finally:
-            busy.discard(key)
+            self._busy.discard(key)
 
-    async with trio.open_nursery() as nursery, store.watch(keys.requests) as hints:
-        async for _ in hints:
-            try:
-                found, _revision = await store.list(keys.requests)
-            except UnreachableError as error:
-                log.debug("requests cannot be read: %s", error)
-                continue
-            for kv in found:
-                vdi, _, number = kv.key.removeprefix(keys.requests).partition("/")
-                try:
-                    request = RequestRecord.decode(kv.value)
-                except ProtocolError as error:
-                    log.warning("request %s: %s", kv.key, error)
-                    continue
-                if vdi.isdecimal() and number and not request.outcome and kv.key not in busy:
-                    busy.add(kv.key)
-                    nursery.start_soon(answer, kv.key, int(vdi), request)
+    async def _show_progress(
+        self, key: str, shown: RequestRecord, latest: Callable[[], RequestRecord]
+    ) -> None:
+        while True:
+            await trio.sleep(PROGRESS_S)
+            if latest() != shown:
+                shown = latest()
+                with suppress(UnreachableError):
+                    await self._put(key, shown)
+
+    async def _put(self, key: str, request: RequestRecord) -> None:
+        found = await self._store.get(key)
+        if found is not None:
+            # The lease stays that of who asks.
+            unchanged = Unchanged(key, found.mod_revision)
+            put = Put(key, request.encode(), found.lease)
+            await self._store.commit(Transaction([unchanged], [put]))
