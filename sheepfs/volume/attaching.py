@@ -65,8 +65,8 @@ class Holder(RecordKeeper):
         Raises:
             HeldElsewhereError: another mount holds it; at once.
         """
-        self._borrowed = False
         await self._attach()
+        self._borrowed = False
 
     async def borrow(self) -> None:
         """Become the writer until `give_back`, unless somebody attaches meanwhile.
@@ -74,16 +74,14 @@ class Holder(RecordKeeper):
         Raises:
             HeldElsewhereError: another mount holds it; at once.
         """
-        self._borrowed = self._borrowed or self.attachment is None
-        await self._attach()
+        self._borrowed = await self._attach() or self._borrowed
 
     async def level(self) -> None:
         """Make all replicas equal, as a holder does first, unless another wants the VDI meanwhile.
 
         Raises: HeldElsewhereError, SheepError.
         """
-        self._borrowed = self._borrowed or self.attachment is None
-        await self._attach(gives_way=True)
+        self._borrowed = await self._attach(gives_way=True) or self._borrowed
         await self._convergence.ended.wait()
         await self.give_back()
 
@@ -98,25 +96,26 @@ class Holder(RecordKeeper):
         Raises:
             HeldElsewhereError: it is in use here.
         """
-        if not self.gives_way:
+        if self.gives_way:
+            try:
+                await self._detach_if(lambda: self.gives_way)
+            except SheepError as error:
+                # It is let go all the same, and the next holder begins again.
+                log.warning("%s is given away: %s", self.name, error)
+        if self.attachment is not None:
             raise HeldElsewhereError(f"{self.name} is in use")
-        try:
-            await self.detach()
-        except SheepError as error:
-            # It is let go all the same, and the next holder begins again.
-            log.warning("%s is given away: %s", self.name, error)
 
     async def give_back(self) -> None:
         """Let the VDI go if it was attached by `borrow` alone."""
         if self._borrowed:
-            self._borrowed = False
-            await self.detach()
+            await self._detach_if(lambda: self._borrowed)
 
-    async def _attach(self, *, gives_way: bool = False) -> None:
+    async def _attach(self, *, gives_way: bool = False) -> bool:
+        """Attach, if that is not done; tell whether it was this call that did."""
         async with self._attaching:
             if self.attachment is not None:
                 self.gives_way = self.gives_way and gives_way
-                return
+                return False
             attachment = await self._attacher.attach(self.record.id, gives_way=gives_way)
             self.gives_way = gives_way
             record = attachment.record
@@ -162,6 +161,7 @@ class Holder(RecordKeeper):
                 self._measure_now_and_then,
                 self._reclaim_now_and_then,
             )
+            return True
 
     def _use_map(self, replicator: Replicator) -> None:
         """Begin with the map that the record names."""
@@ -181,9 +181,13 @@ class Holder(RecordKeeper):
             SheepError: not everything could be made durable; the VDI is let go all the same,
                 marked so that the next holder compares its replicas.
         """
+        await self._detach_if(lambda: True)
+
+    async def _detach_if(self, is_wanted: Callable[[], bool]) -> None:
+        """Detach, unless it is not wanted any more once no attach or snapshot is under way."""
         async with self._capturing, self._attaching:
             attachment, replicator, flusher = self.attachment, self.replicator, self.flusher
-            if attachment is None or replicator is None or flusher is None:
+            if attachment is None or replicator is None or flusher is None or not is_wanted():
                 return
             self._leaving = True
             self._convergence.stop()
@@ -208,7 +212,7 @@ class Holder(RecordKeeper):
             dropped = not attachment.was_clean or (
                 self._copies is not None and self._copies.copied > 0
             )
-            self._leaving = False
+            self._leaving = self._borrowed = False
             # Nothing was changed since that flush, and from here on all changes attach again.
             self.attachment = self.replicator = self.flusher = self._copies = None
             self._direct = False

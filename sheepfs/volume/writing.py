@@ -74,8 +74,8 @@ class MapWriter(MapReader):
         """Changes that passed the gate and are not with the replicator yet."""
         self._convergence = Convergence(False)
 
-    async def _attach(self) -> None:
-        """Become the one writer (HeldElsewhereError)."""
+    async def _attach(self) -> bool:
+        """Become the one writer (HeldElsewhereError); tell whether it was not before."""
         raise NotImplementedError
 
     async def _save(self, *, durable: bool) -> None:

@@ -96,7 +96,10 @@ class Faults:
         if not self._may_spoil():
             return None
         if self.world.spoiled is None:
-            self.world.spoiled = self._node()
+            node = self._node()
+            if node is None or node.process is None or node.process.fail_next:
+                return None  # One that fails soon starts anew, and then trusts what its disk has.
+            self.world.spoiled = node
         return self.world.spoiled
 
     def _may_spoil(self) -> bool:

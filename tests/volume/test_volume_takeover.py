@@ -286,6 +286,36 @@ async def test_what_no_map_names_is_gone_when_a_vdi_was_only_levelled(tmp_path: 
         assert [node.store.get(OID) for node in cluster.nodes.values()] == [None] * 3
 
 
+@pytest.mark.parametrize("for_a_while", ["level", "borrow"])
+async def test_a_vdi_that_is_in_use_is_not_let_go_by_who_needs_it_for_a_while_only(
+    tmp_path: Path, for_a_while: str
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        mount = StaticMount(cluster, StaticRecord())
+        volume = await mount.start()
+        async with trio.open_nursery() as nursery, volume._attaching:
+            nursery.start_soon(volume.attach)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(getattr(volume, for_a_while))
+            await trio.testing.wait_all_tasks_blocked()
+        await volume.give_back()
+        assert volume.attachment is not None
+
+
+async def test_a_vdi_that_is_used_before_it_is_given_back_stays(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        mount = StaticMount(cluster, StaticRecord())
+        volume = await mount.start()
+        await volume.borrow()
+        async with trio.open_nursery() as nursery, volume._capturing:
+            nursery.start_soon(volume.give_back)
+            await trio.testing.wait_all_tasks_blocked()
+            await volume.attach()
+        assert volume.attachment is not None
+        await volume.detach()
+        assert volume.attachment is None
+
+
 @pytest.mark.parametrize("good", [0, 1, 2])
 async def test_part_of_a_damaged_block_is_changed_if_a_member_has_a_good_one(
     tmp_path: Path, good: int
