@@ -12,13 +12,14 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import trio
 
 from sheepfs.backend import Done
 from sheepfs.callbacks import Completed, completion, countdown
-from sheepfs.core.errors import LostWritesError, ObjectNotFoundError
+from sheepfs.core.errors import CorruptError, LostWritesError, ObjectNotFoundError
 from sheepfs.core.geometry import (
     MAX_VDI_SIZE,
     OBJECT_SIZE,
@@ -250,13 +251,37 @@ class MapWriter(MapReader):
         to_the_end = end >= self._size
         last = object_count(end)
         index = self._map.skip_holes(offset // OBJECT_SIZE, last)
+        is_ours = False
         while index < last:
             start = max(offset - index * OBJECT_SIZE, 0)
             stop = min(end - index * OBJECT_SIZE, OBJECT_SIZE)
             if to_the_end and index == last - 1:
                 stop = OBJECT_SIZE
+            if stop - start == OBJECT_SIZE and not is_ours:
+                is_ours = await self._confirm_hold(index)
             await self._punch_piece(index, start, stop - start)
             index = self._map.skip_holes(index + 1, last)
+
+    async def _confirm_hold(self, index: int) -> bool:
+        """Have a member that has an object say that no other mount has taken the VDI over.
+
+        A whole object is discarded in the map here alone. One answer after the discard was asked
+        for is enough: who takes over later need not know of what was not flushed.
+
+        Returns:
+            False: no member can have the object.
+
+        Raises:
+            FencedError: another mount has.
+        """
+        if self._map.get(index) is None:
+            await self._map.load(index)
+        layer = self._map.get(index)
+        if not layer or index in self._map.creating:
+            return False
+        with suppress(ObjectNotFoundError, CorruptError):
+            await self._reader.extents(data_object(layer, index))
+        return True
 
     async def _punch_piece(self, index: int, within: int, size: int) -> None:
         while not self._direct:

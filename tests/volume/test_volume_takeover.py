@@ -14,6 +14,7 @@ from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
+from sheepfs.core.errors import FencedError
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, pg_of
 from sheepfs.core.wire import Op
 
@@ -284,6 +285,22 @@ async def test_what_no_map_names_is_gone_when_a_vdi_was_only_levelled(tmp_path: 
         await mount.volume.level()
         assert etcd.record.clean
         assert [node.store.get(OID) for node in cluster.nodes.values()] == [None] * 3
+
+
+async def test_who_was_taken_over_and_does_not_know_it_discards_nothing(tmp_path: Path) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        here, there = StaticMount(cluster, etcd), StaticMount(cluster, etcd)
+        await here.start()
+        await there.start()
+        await here.write(0, b"a" * BLOCK)
+        await here.write(OBJECT_SIZE, b"b" * BLOCK)
+        await here.flush()
+        etcd.holder = None
+        await there.volume.attach()
+        with pytest.raises(FencedError):
+            await here.volume.punch(0, OBJECT_SIZE)
+        assert await there.read(0, BLOCK) == b"a" * BLOCK
 
 
 @pytest.mark.parametrize("for_a_while", ["level", "borrow"])
