@@ -84,6 +84,8 @@ class Leveller:
         try:
             damaged: set[int] = set()
             while not await self._level(state, damaged):
+                if self._replicator.fenced:
+                    raise FencedError("another mount took the VDI over")
                 with trio.move_on_after(RETRY_S):
                     await self._replicator.router.wait_map()
         except SheepError as error:

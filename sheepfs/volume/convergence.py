@@ -112,8 +112,8 @@ async def converge(vdi_map: VdiMap, replicator: Replicator) -> bool:
         except SheepError as error:
             log.error("VDI %d: page %d of the map: %s", replicator.vdi, number, error)
             good = False
-            continue
-        good = await _open_all(replicator, oids) and good
+        else:
+            good = await _open_all(replicator, oids) and good
         if replicator.fenced:
             return False
     return good

@@ -14,9 +14,10 @@ from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
-from sheepfs.core.errors import FencedError
+from sheepfs.core.errors import CorruptError, FencedError
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, pg_of
 from sheepfs.core.wire import Op
+from sheepfs.volume.convergence import converge
 
 OID = data_object(LAYER, 1)
 BLOCK = 4096
@@ -285,6 +286,42 @@ async def test_what_no_map_names_is_gone_when_a_vdi_was_only_levelled(tmp_path: 
         await mount.volume.level()
         assert etcd.record.clean
         assert [node.store.get(OID) for node in cluster.nodes.values()] == [None] * 3
+
+
+async def test_who_was_taken_over_waits_for_no_member_and_reads_no_more_of_the_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        mount = StaticMount(cluster, StaticRecord())
+        volume = await mount.start()
+        await mount.write(OBJECT_SIZE, b"a" * BLOCK)
+        await mount.flush()
+        vdi_map, replicator = volume._map, volume.replicator
+        assert replicator is not None
+        cluster.nodes[2].stop()
+        await wait_until(lambda: mount.router.link(2) is None)
+        vdi_map.pages.clear()
+        state = replicator.state(OID)
+        replicator.distrust(state)
+        loads: list[int] = []
+
+        async def load(index: int) -> None:
+            loads.append(index)
+            raise CorruptError("no replica can give it")
+
+        monkeypatch.setattr(vdi_map, "load", load)
+        async with trio.open_nursery() as nursery:
+
+            async def opened() -> None:
+                with pytest.raises(CorruptError):
+                    await replicator.open(state)
+
+            nursery.start_soon(opened)
+            await trio.testing.wait_all_tasks_blocked()
+            replicator.fence("another mount took it over")
+            with trio.fail_after(5):
+                assert not await converge(vdi_map, replicator)
+        assert len(loads) == 1
 
 
 async def test_who_was_taken_over_and_does_not_know_it_discards_nothing(tmp_path: Path) -> None:
