@@ -221,6 +221,17 @@ def are_equal(copies: Copies) -> bool:
     return not others and first != BAD and not (isinstance(first, State) and not first.is_good)
 
 
+def hold_the_same(copies: Copies) -> bool:
+    """Tell whether all members have the same good data of one version, whatever its lineages.
+
+    One of them took its own as it was after a power cut, another one got the last change anew.
+    """
+    found = set(copies.values())
+    return len({(c.version, c.table) for c in found if isinstance(c, State)}) == 1 and all(
+        isinstance(copy, State) and copy.is_good for copy in found
+    )
+
+
 def ages_differ(copies: Copies) -> bool:
     """Tell whether members that have the object have it at different versions or lineages."""
     return len({copy.age for copy in copies.values() if isinstance(copy, State)}) > 1

@@ -40,6 +40,7 @@ from storaged.logic.scrub import (
     Level,
     ages_differ,
     are_equal,
+    hold_the_same,
     judge,
     must_read,
 )
@@ -182,7 +183,8 @@ class Agreement:
         if verdict is None or isinstance(verdict, Alarm):
             return
         what = ", ".join(f"node {node}: {_words(copy)}" for node, copy in sorted(copies.items()))
-        if oid not in self.findings.problems:
+        is_damage = not hold_the_same(copies)
+        if is_damage and oid not in self.findings.problems:
             self.findings.found += len(verdict.behind)
             log.warning("%s: copies differ (%s)", describe_oid(oid), what)
         try:
@@ -191,9 +193,12 @@ class Agreement:
             self._report(oid, f"node {verdict.source} cannot give its copy: {error}")
             return
         if are_equal(await self._members.look(group, oid)):
-            self.findings.repaired += len(verdict.behind)
             self.findings.solved(oid, UNEQUAL)
-            log.warning("%s: made equal to the copy of node %d", describe_oid(oid), verdict.source)
+            if is_damage:
+                self.findings.repaired += len(verdict.behind)
+                log.warning(
+                    "%s: made equal to the copy of node %d", describe_oid(oid), verdict.source
+                )
 
     async def _level(self, group: Group, oid: int, verdict: Level) -> None:
         for node in verdict.behind:

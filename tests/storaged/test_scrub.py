@@ -242,6 +242,16 @@ async def test_a_copy_that_is_behind_is_levelled_when_nobody_holds_the_vdi(
         assert (whole.total("found"), whole.total("repaired")) == (1, 1)
 
 
+async def test_copies_that_differ_by_their_lineage_only_are_no_finding(tmp_path: Path) -> None:
+    async with scrubbed(tmp_path) as whole:
+        whole.fill(OID, b"b" * BLOCK)
+        whole.nodes[2].store.launder(OID, 7)
+        await whole.run(Kind.LIGHT)
+        entries = [node.store.get(OID) for node in whole.nodes.values()]
+        assert len({entry.lineage for entry in entries if entry is not None}) == 1
+        assert whole.total("found") == whole.total("repaired") == 0
+
+
 async def test_versions_that_differ_are_left_to_who_holds_the_vdi(tmp_path: Path) -> None:
     async with scrubbed(tmp_path, clean=False) as whole:
         whole.fill(OID, b"b" * BLOCK, nodes=(2, 3))

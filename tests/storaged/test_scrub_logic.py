@@ -26,6 +26,7 @@ from storaged.logic.scrub import (
     Schedule,
     State,
     allowed_rate,
+    hold_the_same,
     judge,
     policy_of,
 )
@@ -85,6 +86,17 @@ def test_good_copies_that_differ_at_one_version_are_an_alarm() -> None:
     assert "different bytes" in verdict.why
     later = judge({1: State(7, 0, b"x"), 2: State(7, 4, b"y"), 3: State(7, 0, b"x")})
     assert later == Level(2, (1, 3))
+
+
+@given(copies_of_members)
+def test_copies_of_one_version_with_the_same_bytes_need_no_repair(copies: dict[int, Copy]) -> None:
+    if hold_the_same(copies):
+        assert not {MISSING, BAD} & set(copies.values())
+        verdict = judge(copies)
+        assert verdict is None or isinstance(verdict, Level)
+    assert hold_the_same({1: State(7, 24, b"x"), 2: State(7, 0, b"x")})
+    assert not hold_the_same({1: State(7, 24, b"x"), 2: State(7, 0, b"y")})
+    assert not hold_the_same({1: State(7, 0, b"x", is_good=False)})
 
 
 groups_of_a_node = st.lists(
