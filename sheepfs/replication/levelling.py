@@ -94,7 +94,10 @@ class Leveller:
             self._replicator.fence(str(failure))
         elif failure is not None:
             log.error("%s: %s", describe_oid(state.oid), failure)
-        self.failed = self.failed or failure is not None
+        if failure is not None and not isinstance(failure, ObjectNotFoundError):
+            self.failed = (
+                True  # What no member has differs nowhere: it was just discarded, or is lost.
+            )
         self._replicator.opened(state, failure)
 
     async def _level(self, state: ObjectState, damaged: set[int]) -> bool:

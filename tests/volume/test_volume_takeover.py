@@ -14,7 +14,7 @@ from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
-from sheepfs.core.errors import CorruptError, FencedError
+from sheepfs.core.errors import CorruptError, FencedError, ObjectNotFoundError
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, pg_of
 from sheepfs.core.wire import Op
 from sheepfs.volume.convergence import converge
@@ -322,6 +322,21 @@ async def test_who_was_taken_over_waits_for_no_member_and_reads_no_more_of_the_m
             with trio.fail_after(5):
                 assert not await converge(vdi_map, replicator)
         assert len(loads) == 1
+
+
+async def test_a_vdi_is_let_go_as_clean_though_an_object_that_is_looked_for_was_just_discarded(
+    tmp_path: Path,
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord()
+        mount = StaticMount(cluster, etcd)
+        volume = await mount.start()
+        await mount.write(OBJECT_SIZE, b"a" * BLOCK)
+        assert volume.replicator is not None
+        with pytest.raises(ObjectNotFoundError):
+            await volume.replicator.open(volume.replicator.state(data_object(LAYER, 7)))
+        await volume.detach()
+        assert etcd.record.clean
 
 
 async def test_who_was_taken_over_and_does_not_know_it_discards_nothing(tmp_path: Path) -> None:
