@@ -12,7 +12,7 @@ from sim.running import SOAK, Seeds, simulate
 FINDERS = {
     "acknowledge_early": 2,
     "skip_epoch_check": 47,
-    "serve_before_caught_up": 2,
+    "serve_before_caught_up": 1,
     "forget_dirty_marks": 1,
     "retry_failed_sync": 16,
     "delete_strays_unconfirmed": 31,
