@@ -95,9 +95,8 @@ class Leveller:
         elif failure is not None:
             log.error("%s: %s", describe_oid(state.oid), failure)
         if failure is not None and not isinstance(failure, ObjectNotFoundError):
-            self.failed = (
-                True  # What no member has differs nowhere: it was just discarded, or is lost.
-            )
+            # What no member has differs nowhere: it was just discarded, or is lost.
+            self.failed = True
         self._replicator.opened(state, failure)
 
     async def _level(self, state: ObjectState, damaged: set[int]) -> bool:

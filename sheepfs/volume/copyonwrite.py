@@ -74,29 +74,11 @@ class CopyOnWrite:
         """
         self._waiting[index] = []
         losses = self._replicator.unflushed.losses
-
-        def made(code: int) -> None:
-            # After a loss the map goes back to what it named before.
-            is_lost = self._replicator.unflushed.losses != losses
-            self._made(index, target, errno.EIO if is_lost else code, done)
-
-        self._nursery.start_soon(self._run, index, target, op, within, span, data, made)
-
-    def _made(self, index: int, target: int, code: int, done: Completed) -> None:
-        if code:
-            oid = data_object(target, index)
-            self._failed(oid, self._replicator.state(oid).version)
-        else:
-            self._map.replace(index, target)
-            self.copied += 1
-        waiting = self._waiting.pop(index)
-        done(code)
-        for again in waiting:
-            again()
+        self._nursery.start_soon(self._run, index, target, op, within, span, data, done, losses)
 
     async def _run(
         self, index: int, target: int, op: int, within: int, span: int, data: Buffer,
-        done: Completed,
+        done: Completed, losses: int,
     ) -> None:  # fmt: skip
         source = self._map.get(index) or 0
         base = data_object(source, index)
@@ -110,7 +92,17 @@ class CopyOnWrite:
         except SheepError as error:
             code = to_errno(error)
             log.warning("VDI %d: object %d: %s", self._replicator.vdi, index, error)
+        if self._replicator.unflushed.losses != losses:
+            code = errno.EIO  # The map goes back to what it named before.
+        if code:
+            self._failed(state.oid, state.version)
+        else:
+            self._map.replace(index, target)
+            self.copied += 1
+        waiting = self._waiting.pop(index)
         done(code)
+        for again in waiting:
+            again()
 
     async def _copy_over(
         self, state: ObjectState, base: int, op: int, within: int, span: int, data: Buffer

@@ -299,6 +299,19 @@ async def test_a_creation_without_space_leaves_a_hole_and_no_object(tmp_path: Pa
         assert await there.read(0, OBJECT_SIZE + BLOCK) == A + bytes(OBJECT_SIZE)
 
 
+async def test_a_copy_without_space_leaves_the_frozen_object_and_no_other(tmp_path: Path) -> None:
+    async with mounted(tmp_path, OBJECT_SIZE) as (cluster, here, _):
+        await here.write(0, A)
+        await here.snapshot()
+        copy = data_object(here.volume.open_layer, 0)
+        fill(cluster, 3)
+        with pytest.raises(OperationError, match="ENOSPC"):
+            await here.write(BLOCK, B)
+        await here.flush()
+        await wait_until(lambda: copies(cluster, copy) == [None] * 3)
+        assert await here.read(0, 2 * BLOCK) == A + bytes(BLOCK)
+
+
 async def test_a_write_without_space_leaves_all_replicas_as_they_were(tmp_path: Path) -> None:
     async with mounted(tmp_path, OBJECT_SIZE) as (cluster, here, _):
         await here.write(0, A)
