@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from sheepfs.core.names import split_name
-from sheepfs_tools import file_copy
+from sheepfs_tools.transfer import file_copy
 
 _PRESERVE = ("mode", "ownership", "timestamps", "links", "context", "xattr", "all")
 _BY_DEFAULT = "mode,ownership,timestamps"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sheepfs.core.geometry import OBJECT_SIZE
-from sheepfs_tools.local_cluster import LocalCluster
-from sheepfs_tools.processes import StartError, wait_for
+from sheepfs_tools.local.cluster import LocalCluster
+from sheepfs_tools.local.processes import StartError, wait_for
 
 SETTLE_S = 60.0
 

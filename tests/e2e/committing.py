@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e.guest import Guest, control
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 DATABASES = ("wal", "truncate", "delete")
 """Named after SQLite's journal modes. Of these, `delete` is durable only with `synchronous=EXTRA`:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from e2e.cluster import Mounted, missing_for_mount
-from sheepfs_tools.local_cluster import LocalCluster
+from sheepfs_tools.local.cluster import LocalCluster
 
 SOAK = os.environ.get("SHEEPFS_SOAK") == "1"
 HERE = Path(__file__).parent

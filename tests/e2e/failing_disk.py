@@ -20,8 +20,8 @@ from typing import Any
 
 from e2e.cluster import run
 from e2e.power import missing as missing_for_mkfs
-from sheepfs_tools.local_cluster import is_mounted, unmount_lazily
-from sheepfs_tools.processes import StartError, wait_for
+from sheepfs_tools.local.cluster import is_mounted, unmount_lazily
+from sheepfs_tools.local.processes import StartError, wait_for
 
 START_S = 20.0
 END_S = 20.0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 
 def fio_argv(path: Path, block: str, runtime_s: float, size: str = "192M") -> list[str]:

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from sheepfs_tools.local_cluster import LocalCluster, is_mounted, unmount_lazily
-from sheepfs_tools.processes import process_start, wait_for
+from sheepfs_tools.local.cluster import LocalCluster, is_mounted, unmount_lazily
+from sheepfs_tools.local.processes import process_start, wait_for
 
 NAMESPACES = Path("/run/netns")
 PREFIX = "sheepfs-hosts"

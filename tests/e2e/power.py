@@ -11,8 +11,8 @@ import subprocess
 from pathlib import Path
 
 from e2e.cluster import Mounted
-from sheepfs_tools.local_cluster import LocalCluster, is_mounted
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.cluster import LocalCluster, is_mounted
+from sheepfs_tools.local.processes import wait_for
 
 HEALTHY_S = 180.0
 """For nodes to start, replay their logs and catch up, all at once, on a machine that is busy."""

@@ -13,8 +13,8 @@ import pytest
 from e2e.cluster import Mounted, missing_for_mount
 from e2e.load import longest_wait_s, verifying
 from e2e.test_e2e_kill_under_load import LONGEST_STALL_S
-from sheepfs_tools.local_cluster import LocalCluster
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.cluster import LocalCluster
+from sheepfs_tools.local.processes import wait_for
 
 OBJECT = 4 << 20
 BLOCK = 4096

@@ -10,7 +10,7 @@ from random import Random
 from e2e.cluster import Mounted
 from e2e.test_e2e_snapshots import StampedWriter, assert_is_a_prefix
 from sheepfs.core.geometry import OBJECT_SIZE
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 
 def write(path: Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from e2e.cluster import Mounted, object_bytes, run
 from sheepfs.core.geometry import OBJECT_SIZE
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 BLOCK = 4096
 PATTERN = (bytes(range(1, 251)) * 16778)[:OBJECT_SIZE]

@@ -16,8 +16,8 @@ from e2e.cluster import Mounted, missing_for_mount, object_bytes, run
 from e2e.failing_disk import FailingDisk, missing
 from e2e.test_e2e_power_cut import Writer, check
 from sheepfs.core.geometry import OBJECT_SIZE
-from sheepfs_tools.local_cluster import LocalCluster
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.cluster import LocalCluster
+from sheepfs_tools.local.processes import wait_for
 from storaged.main import EXIT_DISK_FAILED
 
 VICTIM = 3

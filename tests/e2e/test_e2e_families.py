@@ -9,7 +9,7 @@ from e2e.cluster import Mounted
 from e2e.families import Families, seed_of
 from sheepfs.cluster import Cluster
 from sheepfs.connecting import connect
-from sheepfs_tools.cluster_check import ClusterCheck, Findings
+from sheepfs_tools.sheepctl.analysis.cluster_check import ClusterCheck, Findings
 
 RECLAIM_S = 60.0
 

@@ -14,8 +14,8 @@ import pytest
 from e2e.cluster import Mounted, run
 from e2e.guest import DONE, build_guest, control, missing_for_guest
 from e2e.power import LosableDisk, missing
-from sheepfs_tools.local_cluster import LocalCluster
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.cluster import LocalCluster
+from sheepfs_tools.local.processes import wait_for
 
 MIB = 1 << 20
 SMALL = 64 << 10

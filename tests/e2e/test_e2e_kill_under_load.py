@@ -8,7 +8,7 @@ import pytest
 
 from e2e.cluster import Mounted, object_bytes
 from e2e.load import longest_wait_s, verifying
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 LONGEST_STALL_S = 2.0
 

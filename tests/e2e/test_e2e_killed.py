@@ -28,7 +28,7 @@ from sheepfs.core.geometry import OBJECT_SIZE
 from sheepfs.core.names import snapshot_file
 from sheepfs.holding.abandoned import abandoned
 from sheepfs.holding.holding import TOOL
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 MAX_VDIS = 8
 MAX_SIZE = OBJECT_SIZE + 200_001

@@ -14,8 +14,8 @@ import pytest
 
 from e2e.cluster import Mounted, missing_for_mount, run
 from sheepfs.core.geometry import OBJECT_SIZE, is_map_object
-from sheepfs_tools.local_cluster import LocalCluster
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.cluster import LocalCluster
+from sheepfs_tools.local.processes import wait_for
 
 GROUPS = 24
 """Few, so that draining takes seconds: what a move takes is a few rounds, however small it is."""

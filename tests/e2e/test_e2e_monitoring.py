@@ -19,7 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from e2e.cluster import Mounted, object_bytes
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 MIB = 1 << 20
 

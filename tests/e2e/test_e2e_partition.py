@@ -25,7 +25,7 @@ from e2e.load import end_fio, longest_wait_s, start_fio
 from e2e.partition import Hosts, HostsCluster
 from e2e.witness import StampingWriter, Taker, assert_nothing_lost, now
 from sheepfs.holding.holding import LEASE_TTL_S
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 BACK_S = 10.0
 """After healing, at most."""

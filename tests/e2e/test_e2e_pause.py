@@ -14,7 +14,7 @@ import pytest
 
 from e2e.cluster import Mounted
 from e2e.test_e2e_power_cut import Writer, check
-from sheepfs_tools.processes import ManagedProcess, wait_for
+from sheepfs_tools.local.processes import ManagedProcess, wait_for
 
 WRITE_S = 30.0
 

@@ -14,7 +14,7 @@ from e2e import stamping
 from e2e.load import longest_wait_s, verifying
 from e2e.power import Powered, missing
 from e2e.stamping import BLOCK, STAMP
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 
 @pytest.fixture(params=["ext4", "xfs"])

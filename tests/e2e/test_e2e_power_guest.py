@@ -12,7 +12,7 @@ from e2e.cluster import missing_for_mount
 from e2e.committing import Machine
 from e2e.guest import build_guest, missing_for_guest
 from e2e.power import Powered, missing
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 AGREE_S = 120.0
 HOLD_S = 60.0

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from e2e.cluster import missing_for_mount
-from sheepfs_tools.local_cluster import LocalCluster, is_mounted, unmount_lazily
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.cluster import LocalCluster, is_mounted, unmount_lazily
+from sheepfs_tools.local.processes import wait_for
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ from random import Random
 
 from e2e.cluster import Mounted
 from sheepfs.core.geometry import OBJECT_SIZE
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 DEADLINE_S = 30.0
 

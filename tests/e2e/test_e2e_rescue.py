@@ -15,8 +15,8 @@ import pytest
 
 from e2e.cluster import Mounted, object_bytes
 from sheepfs.core.geometry import BLOCK_SIZE, OBJECT_SIZE
-from sheepfs_tools.processes import wait_for
-from sheepfs_tools.sheepctl import main
+from sheepfs_tools.local.processes import wait_for
+from sheepfs_tools.sheepctl.__main__ import main
 
 SIZE = 6 * OBJECT_SIZE - 12345
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from e2e.cluster import Mounted, missing_for_mount, run
-from sheepfs_tools.local_cluster import LocalCluster
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.cluster import LocalCluster
+from sheepfs_tools.local.processes import wait_for
 
 BLOCK = 4096
 SERVED_S = 10.0

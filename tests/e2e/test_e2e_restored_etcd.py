@@ -16,8 +16,8 @@ import pytest
 
 from e2e.cluster import Mounted
 from sheepfs.core.geometry import BLOCK_SIZE, OBJECT_SIZE, serial_of
-from sheepfs_tools.processes import ManagedProcess, wait_for
-from sheepfs_tools.sheepctl import main
+from sheepfs_tools.local.processes import ManagedProcess, wait_for
+from sheepfs_tools.sheepctl.__main__ import main
 
 SIZE = 3 * OBJECT_SIZE
 NOTICED = "it was restored from older data"

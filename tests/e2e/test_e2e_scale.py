@@ -12,7 +12,7 @@ from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, Put, Transaction
 from sheepfs.core.metadata import NameRecord, VdiRecord
 from sheepfs.net.etcd import Etcd
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 LISTED_S = 1.0
 COUNT = 2000

@@ -20,7 +20,7 @@ import trio
 from e2e.cluster import Mounted, run, seconds
 from sheepfs.connecting import connect
 from sheepfs.core.geometry import OBJECT_SIZE
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 BLOCK = 4096
 STALL_ALLOWED_S = 0.1

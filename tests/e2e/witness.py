@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from e2e import stamping
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 
 def _rows(log: Path) -> Iterator[list[str]]:

@@ -18,7 +18,7 @@ from sheepfs.core.errors import HeldElsewhereError, VdiExistsError, VdiNotFoundE
 from sheepfs.core.geometry import BLOCKS_PER_OBJECT, data_object, make_layer
 from sheepfs.core.names import check_tag, full_name
 from sheepfs.layers.image import Image
-from sheepfs_tools.transfer_access import Found
+from sheepfs_tools.transfer.access import Found
 
 BLOCK = 4096
 _ZERO_BLOCK = bytes(BLOCK)

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fakes.mount_process import PROGRAM, MountProcess, can_mount, mounted
-from sheepfs_tools.processes import wait_for
+from sheepfs_tools.local.processes import wait_for
 
 DIRECT = "f = os.open('{name}', os.O_RDWR | os.O_DIRECT); m = mmap.mmap(-1, 4096); "
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from sheepfs_tools import backup_stream
-from sheepfs_tools.backup_stream import (
+from sheepfs_tools.transfer import backup_stream
+from sheepfs_tools.transfer.backup_stream import (
     MAX_DATA,
     AlteredError,
     BackupError,

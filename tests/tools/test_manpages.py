@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from sheepfs_tools.manpages import PROGRAMS, Program, escape, page, parser_of
-from sheepfs_tools.sheepctl import main
+from sheepfs_tools.sheepctl.__main__ import main
+from sheepfs_tools.sheepctl.commandline.manpages import PROGRAMS, Program, escape, page, parser_of
 
 
 def every_action(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

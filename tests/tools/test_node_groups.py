@@ -5,8 +5,8 @@ from __future__ import annotations
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
 from sheepfs.core.geometry import data_object, make_layer, map_object, pg_of
 from sheepfs.layers.inventory import Replica
-from sheepfs_tools.loss_assessment import Damage, assess, choose, waiting_groups
-from sheepfs_tools.node_groups import holding, nowhere_to_go, removal_problem
+from sheepfs_tools.sheepctl.analysis.loss_assessment import Damage, assess, choose, waiting_groups
+from sheepfs_tools.sheepctl.analysis.node_groups import holding, nowhere_to_go, removal_problem
 
 LAYER = make_layer(2, 2, 2)
 

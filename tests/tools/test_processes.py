@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sheepfs_tools.processes import ManagedProcess, StartError, process_start, wait_for
+from sheepfs_tools.local.processes import ManagedProcess, StartError, process_start, wait_for
 
 FOREVER = "import signal; print('up', flush=True); signal.pause()"
 STUBBORN = """import signal

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sheepfs_tools.durations import format_duration, parse_duration
-from sheepfs_tools.recovery_view import node_recoveries, sentence, whole_recovery
+from sheepfs_tools.sheepctl.analysis.recovery_view import node_recoveries, sentence, whole_recovery
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from sheepfs_tools import file_copy, sheep_cp
+from sheepfs_tools import sheep_cp
+from sheepfs_tools.transfer import file_copy
 
 MIB = 1 << 20
 

@@ -18,8 +18,8 @@ from sheepfs.core.geometry import data_object, make_layer
 from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import AliveRecord, ClusterConfig, FencingRecord
 from sheepfs.core.metadata_export import EPOCH_GAP, ID_GAPS
-from sheepfs_tools import sheepctl_session
-from sheepfs_tools.sheepctl import main
+from sheepfs_tools.sheepctl import session as sheepctl_session
+from sheepfs_tools.sheepctl.__main__ import main
 from storaged.store.objects import ObjectStore
 
 CLUSTER = "ab" * 16

@@ -24,9 +24,10 @@ from sheepfs.core.errors import (
     VdiNotFoundError,
 )
 from sheepfs.net.groups import plain_errors
-from sheepfs_tools import sheepctl_backup, transfer_files
-from sheepfs_tools.backup_stream import AlteredError, BackupError, TruncatedError
-from sheepfs_tools.sheepctl_backup import ORIGIN, backup, restore
+from sheepfs_tools.transfer import backup as sheepctl_backup
+from sheepfs_tools.transfer import files as transfer_files
+from sheepfs_tools.transfer.backup import ORIGIN, backup, restore
+from sheepfs_tools.transfer.backup_stream import AlteredError, BackupError, TruncatedError
 
 MIB = 1 << 20
 

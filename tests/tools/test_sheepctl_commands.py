@@ -14,8 +14,8 @@ from fakes.snapshot_taker import KEYS, put, take_snapshot
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
 from sheepfs.core.metadata import ClusterConfig, LockRecord
 from sheepfs.net.catalog import Catalog
-from sheepfs_tools import sheepctl_session
-from sheepfs_tools.sheepctl import main
+from sheepfs_tools.sheepctl import session as sheepctl_session
+from sheepfs_tools.sheepctl.__main__ import main
 
 
 class Done(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
-from sheepfs_tools.sheepctl_health import assess
+from sheepfs_tools.sheepctl.analysis.health import assess
 
 GROUPS = 4
 

@@ -13,8 +13,9 @@ from fakes.etcd import FakeEtcd, FakeServer
 from fakes.snapshot_taker import KEYS, put
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
 from sheepfs.core.metadata import ClusterConfig, NodeWish
-from sheepfs_tools import sheepctl_node, sheepctl_session
-from sheepfs_tools.sheepctl import main
+from sheepfs_tools.sheepctl import session as sheepctl_session
+from sheepfs_tools.sheepctl.__main__ import main
+from sheepfs_tools.sheepctl.commands import node as sheepctl_node
 
 
 class Done(NamedTuple):

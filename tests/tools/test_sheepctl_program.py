@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from sheepfs_tools import sheepctl_parser
-from sheepfs_tools.sheepctl_completion import completion, levels
-from sheepfs_tools.sheepctl_parser import build_parser
+from sheepfs_tools.sheepctl import commands as commands_package
+from sheepfs_tools.sheepctl.commandline.completion import completion, levels
+from sheepfs_tools.sheepctl.commandline.parser import build_parser
 
 AREAS = ("cluster", "node", "scrub", "vdi", "object", "snapshot", "trash", "metadata")
 NOWHERE = ("--etcd", "127.0.0.1:1")
@@ -83,9 +83,9 @@ def test_completion_knows_every_command(shell: str) -> None:
 
 
 def test_every_command_has_its_function() -> None:
-    tools = Path(sheepctl_parser.__file__).parent
+    functions_of = Path(commands_package.__file__).parent
     for path, child in commands(build_parser()):
-        module = ast.parse((tools / f"{child.get_default('module')}.py").read_text())
+        module = ast.parse((functions_of / f"{child.get_default('module')}.py").read_text())
         functions = {f.name for f in module.body if isinstance(f, ast.AsyncFunctionDef)}
         assert "_".join(path) in functions
 

@@ -27,9 +27,9 @@ from sheepfs.core.metadata import (
     VdiRecord,
 )
 from sheepfs.core.metadata_export import Export
-from sheepfs_tools import sheepctl_rescue
-from sheepfs_tools.export_age import refuse_older
-from sheepfs_tools.sheepctl import main
+from sheepfs_tools.sheepctl.__main__ import main
+from sheepfs_tools.sheepctl.analysis.export_age import refuse_older
+from sheepfs_tools.sheepctl.commands import rescue as sheepctl_rescue
 from storaged.store.objects import ObjectStore
 from storaged.store.offline import OfflineDirectory
 from storaged.store.salvage import Salvage

@@ -28,8 +28,8 @@ from sheepfs.core.errors import (
 )
 from sheepfs.layers.image import Change
 from sheepfs.net.groups import plain_errors
-from sheepfs_tools.sheepctl_transfer import diff, export_image, import_image
-from sheepfs_tools.transfer_access import incoming_name, parse_name, without_zeros
+from sheepfs_tools.transfer.access import incoming_name, parse_name, without_zeros
+from sheepfs_tools.transfer.images import diff, export_image, import_image
 
 MIB = 1 << 20
 needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no qemu-img")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sheepfs.core.metadata import SnapshotRecord, VdiRecord
 from sheepfs.net.catalog import Snapshot
-from sheepfs_tools.sheepctl_tree import draw, forest, of_vdi, with_snapshots
+from sheepfs_tools.sheepctl.analysis.tree import draw, forest, of_vdi, with_snapshots
 
 
 def vdi(name: str, number: int, parent: int = 0) -> tuple[str, VdiRecord, int]:

@@ -8,9 +8,9 @@ import pytest
 import trio
 
 from sheepfs.core.errors import UnreachableError
-from sheepfs_tools.sheepctl_commandline import interval_of
-from sheepfs_tools.sheepctl_parser import build_parser
-from sheepfs_tools.sheepctl_watch import watch
+from sheepfs_tools.sheepctl.commandline.areas import interval_of
+from sheepfs_tools.sheepctl.commandline.parser import build_parser
+from sheepfs_tools.sheepctl.watch import watch
 
 
 class Source:

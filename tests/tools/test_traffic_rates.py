@@ -8,7 +8,7 @@ import pytest
 
 from sheepfs.core.errors import ProtocolError
 from sheepfs.core.traffic import Traffic
-from sheepfs_tools.traffic_rates import Sample, node_rates, vdi_rates
+from sheepfs_tools.sheepctl.analysis.traffic_rates import Sample, node_rates, vdi_rates
 
 MS = 1_000_000
 

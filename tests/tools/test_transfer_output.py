@@ -7,9 +7,9 @@ import json
 import pytest
 
 from sheepfs.layers.image import Change
-from sheepfs_tools.sheepctl_backup import BackedUp, Restored
-from sheepfs_tools.sheepctl_transfer import Differences, Exported, Imported
-from sheepfs_tools.transfer_output import Outcome, report
+from sheepfs_tools.transfer.backup import BackedUp, Restored
+from sheepfs_tools.transfer.images import Differences, Exported, Imported
+from sheepfs_tools.transfer.output import Outcome, report
 
 MIB = 1 << 20
 DIFFERENCES = Differences(

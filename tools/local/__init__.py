@@ -1,0 +1,1 @@
+"""A cluster on this machine: `tools/quickstart`, and what the bench measures."""

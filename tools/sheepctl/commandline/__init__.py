@@ -1,0 +1,1 @@
+"""What may be typed, and how it is explained: --help, shell completion, man pages."""

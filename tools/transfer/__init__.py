@@ -1,0 +1,1 @@
+"""Moving the data of VDIs in and out: disk images, backups, file copies, rescue."""
