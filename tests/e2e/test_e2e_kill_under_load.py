@@ -18,9 +18,10 @@ def test_fio_sees_no_error_and_no_long_stall_while_a_daemon_is_killed_and_restar
     mounted: Mounted, block: str, soak: bool
 ) -> None:
     mounted.cluster.sheepctl("node", "patience", "--longest", "0")
-    kills = 10 if soak else 2
-    # On a machine that is busy with other things recovery yields to fio: half a minute for each.
-    runtime_s = 300.0 if soak else 60.0
+    # Recovery yields to fio. All of its file is written over in seconds in blocks of 64k: that
+    # takes up to half a minute for each return.
+    kills = 10 if soak else {"4k": 2, "64k": 1}[block]
+    runtime_s = 300.0 if soak else 45.0
     name = f"load{block}"
     path = mounted.create(name, "256M")
     with verifying(path, block, runtime_s) as fio:

@@ -24,10 +24,10 @@ from sheepfs.core.errors import (
     VdiNotFoundError,
 )
 from sheepfs.net.groups import plain_errors
-from sheepfs_tools.transfer import backup as sheepctl_backup
 from sheepfs_tools.transfer import files as transfer_files
-from sheepfs_tools.transfer.backup import ORIGIN, backup, restore
+from sheepfs_tools.transfer.backup import backup
 from sheepfs_tools.transfer.backup_stream import AlteredError, BackupError, TruncatedError
+from sheepfs_tools.transfer.restore import ORIGIN, restore
 
 MIB = 1 << 20
 
@@ -319,4 +319,4 @@ async def test_what_cannot_be_backed_up_is_refused(
         with pytest.raises(UsageError, match="terminal"):
             await backup(source, "vm1@a", "-")
     assert file.read_bytes() == b"precious"
-    assert sheepctl_backup.ORIGIN == "sheepfs.origin"
+    assert ORIGIN == "sheepfs.origin"

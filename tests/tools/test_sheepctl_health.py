@@ -77,7 +77,7 @@ def test_catching_up_full_disks_stalls_and_corruption_are_reasons() -> None:
         {1: answer(free=5), 2: answer(stalled=["vm1.raw: waits for node 3"]), 3: answer()},
     )
     text = "; ".join(health.reasons)
-    for part in ("catching up", "nearly full", "vm1.raw"):
+    for part in ("groups of the pool of 3 copies are catching up", "nearly full", "vm1.raw"):
         assert part in text
     corrupt = assess(
         cluster(*THREE), {1: answer(corrupt_blocks=2, repaired_blocks=1), 2: answer(), 3: answer()}

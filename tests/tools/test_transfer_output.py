@@ -7,9 +7,10 @@ import json
 import pytest
 
 from sheepfs.layers.image import Change
-from sheepfs_tools.transfer.backup import BackedUp, Restored
+from sheepfs_tools.transfer.backup import BackedUp
 from sheepfs_tools.transfer.images import Differences, Exported, Imported
 from sheepfs_tools.transfer.output import Outcome, report
+from sheepfs_tools.transfer.restore import Restored
 
 MIB = 1 << 20
 DIFFERENCES = Differences(

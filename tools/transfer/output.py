@@ -9,9 +9,10 @@ from typing import TypeAlias
 
 from sheepfs_tools.sheepctl.output import print_json, print_table, printable
 from sheepfs_tools.sizes import format_size
-from sheepfs_tools.transfer.backup import BackedUp, Restored
+from sheepfs_tools.transfer.backup import BackedUp
 from sheepfs_tools.transfer.files import STREAM
 from sheepfs_tools.transfer.images import Differences, Exported, Imported
+from sheepfs_tools.transfer.restore import Restored
 
 Outcome: TypeAlias = Imported | Exported | BackedUp | Restored | Differences
 

@@ -71,37 +71,14 @@ def assess(cluster_map: ClusterMap, statuses: Statuses) -> Health:
     """Give the verdict; the most urgent reasons come first."""
     pools = tuple(pool_health(cluster_map, copies) for copies in sorted(cluster_map.pools))
     answers = [status for status in statuses.values() if not isinstance(status, str)]
-    corrupt = _sum(answers, "corrupt_blocks")
-    repaired = _sum(answers, "repaired_blocks")
+    corrupt, repaired = _sum(answers, "corrupt_blocks"), _sum(answers, "repaired_blocks")
     stalled = tuple(sorted({str(item) for a in answers for item in a.get("stalled") or ()}))
-    down: list[str] = []
-    reasons: list[str] = []
-    if not cluster_map.nodes:
-        down.append("no storage daemon has joined yet: start sheepfs-storaged DATA_DIR")
-    elif not answers:
-        down.append("no storage daemon answers: are they running, can they be reached?")
-    down += [
-        f"{pool.stopped} of {pool.groups} groups of the pool of {pool.copies} copies"
-        " take no writes: too few of their nodes are up"
-        for pool in pools
-        if pool.stopped
-    ]
-    reasons += [f"a volume waits: {item}" for item in stalled]
+    down = _what_stops(cluster_map, pools, bool(answers))
+    reasons = [f"a volume waits: {item}" for item in stalled]
     for node in cluster_map.nodes.values():
         reasons += _node_reasons(node, statuses.get(node.id, "not asked"))
     for pool in pools:
-        if pool.degraded:
-            reasons.append(
-                f"{pool.degraded} of {pool.groups} groups of the pool of {pool.copies} copies"
-                " have fewer good copies than they should"
-            )
-        if pool.joining:
-            reasons.append(f"{pool.joining} groups of that pool are catching up")
-        if cluster_map.nodes and pool.copies > len(cluster_map.nodes):
-            reasons.append(
-                f"{pool.copies} copies are asked for, but there are"
-                f" {len(cluster_map.nodes)} nodes: add nodes"
-            )
+        reasons += _pool_reasons(pool, len(cluster_map.nodes))
     if (recovery := whole_recovery(node_recoveries(statuses))) is not None:
         reasons.append(sentence(recovery))
     if corrupt > repaired:
@@ -112,9 +89,8 @@ def assess(cluster_map: ClusterMap, statuses: Statuses) -> Health:
             f"{unrepairable} damaged or differing replicas cannot be repaired:"
             " sheepctl scrub status"
         )
-    verdict = "down" if down else "degraded" if reasons else "ok"
     return Health(
-        verdict,
+        "down" if down else "degraded" if reasons else "ok",
         (*down, *reasons),
         pools,
         corrupt,
@@ -136,6 +112,41 @@ def held_until(node: Node) -> float:
 
 def _sum(answers: list[Mapping[str, Any]], key: str) -> int:
     return sum(int(answer.get(key) or 0) for answer in answers)
+
+
+def _what_stops(
+    cluster_map: ClusterMap, pools: tuple[PoolHealth, ...], is_answered: bool
+) -> list[str]:
+    stopped = [
+        f"{pool.stopped} of {pool.groups} groups of the pool of {pool.copies} copies"
+        " take no writes: too few of their nodes are up"
+        for pool in pools
+        if pool.stopped
+    ]
+    if not cluster_map.nodes:
+        return ["no storage daemon has joined yet: start sheepfs-storaged DATA_DIR", *stopped]
+    if not is_answered:
+        return ["no storage daemon answers: are they running, can they be reached?", *stopped]
+    return stopped
+
+
+def _pool_reasons(pool: PoolHealth, nodes: int) -> list[str]:
+    reasons = []
+    if pool.degraded:
+        reasons.append(
+            f"{pool.degraded} of {pool.groups} groups of the pool of {pool.copies} copies"
+            " have fewer good copies than they should"
+        )
+    if pool.joining:
+        reasons.append(
+            f"{pool.joining} of {pool.groups} groups of the pool of {pool.copies} copies"
+            " are catching up"
+        )
+    if nodes and pool.copies > nodes:
+        reasons.append(
+            f"{pool.copies} copies are asked for, but there are {nodes} nodes: add nodes"
+        )
+    return reasons
 
 
 def _node_reasons(node: Node, status: Mapping[str, Any] | str) -> list[str]:

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from sheepfs_tools.sheepctl.commands.copies import as_mount
-from sheepfs_tools.transfer.backup import backup, restore
+from sheepfs_tools.transfer.backup import backup
 from sheepfs_tools.transfer.cluster_access import ClusterAccess
 from sheepfs_tools.transfer.images import diff, export_image, import_image
 from sheepfs_tools.transfer.output import report
+from sheepfs_tools.transfer.restore import restore
 
 
 @asynccontextmanager

@@ -84,18 +84,32 @@ async def cluster_recover(arguments: argparse.Namespace) -> int:
         return 1
     if not arguments.yes:
         _ask(losses)
+    await _accept(arguments, cluster_map, found.mod_revision, losses)
+    if arguments.json:
+        print_json({**asdict(losses), "done": True})
+    else:
+        print(
+            f"{len(losses.survivors)} groups go on. What is lost reads as an I/O error;"
+            " sheepctl cluster check lists it"
+        )
+    return 0
+
+
+async def _accept(
+    arguments: argparse.Namespace, cluster_map: ClusterMap, map_revision: int, losses: Assessment
+) -> None:
+    """Give the operator's word, and wait until the groups go on. Raises SheepError: they do not."""
+    chosen = {
+        (s.pool, s.pg): (s.node, cluster_map.nodes[s.node].incarnation) for s in losses.survivors
+    }
+    word = AcceptedLoss.of(cluster_map.epoch, chosen)
     async with (
         open_session(options(arguments)) as session,
         as_mount(arguments) as cluster,
     ):
         await _fence(session.store, session.keys, cluster, losses.survivors)
-        chosen = {
-            (s.pool, s.pg): (s.node, cluster_map.nodes[s.node].incarnation)
-            for s in losses.survivors
-        }
-        word = AcceptedLoss.of(cluster_map.epoch, chosen)
         put = Put(session.keys.accepted_loss, word.encode())
-        unchanged = Unchanged(session.keys.map, found.mod_revision)
+        unchanged = Unchanged(session.keys.map, map_revision)
         if await session.store.commit(Transaction([unchanged], [put])) is None:
             raise TerminalError(
                 "the cluster changed meanwhile, and nothing was given up: look again"
@@ -106,14 +120,6 @@ async def cluster_recover(arguments: argparse.Namespace) -> int:
             f"{len(left)} groups still wait, as a node changed meanwhile: look again with"
             " sheepctl cluster recover"
         )
-    if arguments.json:
-        print_json({**asdict(losses), "done": True})
-    else:
-        print(
-            f"{len(losses.survivors)} groups go on. What is lost reads as an I/O error;"
-            " sheepctl cluster check lists it"
-        )
-    return 0
 
 
 def _ask(losses: Assessment) -> None:
