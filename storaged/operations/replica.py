@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import trio
 
@@ -32,6 +33,24 @@ from storaged.store.entry import StoredObject
 from storaged.store.objects import ObjectStore
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A change that is not as simple as nearly every write."""
+
+    client: Client
+    header: Header
+    payload: Buffer
+    role: Role
+    entry: StoredObject | None
+    """The object as it is here."""
+    base: int | None
+    """Object that it makes a copy of."""
+    makes: bool
+    """It makes the object, if that is not here."""
+    is_unknown: bool
+    """This node joins, and has yet to learn what its copy of the object is worth."""
 
 
 class Replica(Comparing):
@@ -142,61 +161,76 @@ class Replica(Comparing):
         if entry is None:
             self.gate.check_object(header)
         base = self._base_of(header, payload) if header.flags & FLAG_COPY else None
-        create = base is not None or (bool(header.flags & FLAG_CREATE) and header.op == Op.WRITE)
-        unknown = role is Role.JOINING and oid not in self.fresh_of(header.pool, header.pg)
-        if create and not (entry and entry.version >= header.version and not entry.suspect):
-            if base is not None and not self._can_copy(client, header, payload, role, base):
-                return
-        elif unknown and header.op == Op.DELETE and entry is not None:
-            pass  # Whatever this copy holds, it is not to be kept.
-        elif unknown and header.op != Op.DELETE:
-            self._miss(client, header, payload)
-            return
-        elif entry is None:
-            if header.op == Op.DELETE:
-                client.reply(header)
-                return
-            raise Refusal(Status.STALE_OBJECT, f"{describe_oid(oid)} is not here")
-        elif entry.suspect:
-            self._when_trusted(client, header, payload)
-            return
-        elif entry.version != header.prev:
-            if entry.version >= header.version:
-                # It was sent again: this copy has it, and perhaps more.
-                client.acknowledge(header)
-                return
-            client.reply(
-                header,
-                f"{describe_oid(oid)} is at version {entry.version:x}".encode(),
-                Status.STALE_OBJECT,
-                version=entry.version,
-            )
+        change = _Change(
+            client, header, payload, role, entry, base,
+            makes=base is not None or (bool(header.flags & FLAG_CREATE) and header.op == Op.WRITE),
+            is_unknown=role is Role.JOINING and oid not in self.fresh_of(header.pool, header.pg),
+        )  # fmt: skip
+        if not self._is_due(change):
             return
         if not self.store.is_marked(oid):
             self._mark_first(client, header, payload)
-            return
-        if header.op == Op.DELETE and oid not in self._freed and self.store.dependents(oid):
+        elif header.op == Op.DELETE and oid not in self._freed and self.store.dependents(oid):
             self._after(self._free_to_delete, client, header, payload)
-            return
+        else:
+            self._carry_out(change)
+
+    def _is_due(self, change: _Change) -> bool:
+        """Tell whether a change fits this copy; else answer, or see to what has to come first."""
+        client, header, entry = change.client, change.header, change.entry
+        if change.makes and not (entry and entry.version >= header.version and not entry.suspect):
+            return change.base is None or self._can_copy(
+                client, header, change.payload, change.role, change.base
+            )
+        if change.is_unknown:
+            if header.op != Op.DELETE:
+                self._miss(client, header, change.payload)
+                return False
+            if entry is not None:
+                return True  # Whatever this copy holds, it is not to be kept.
+        if entry is None:
+            if header.op != Op.DELETE:
+                raise Refusal(Status.STALE_OBJECT, f"{describe_oid(header.oid)} is not here")
+            client.reply(header)
+            return False
+        if entry.suspect:
+            self._when_trusted(client, header, change.payload)
+            return False
+        if entry.version == header.prev:
+            return True
+        if entry.version >= header.version:
+            # It was sent again: this copy has it, and perhaps more.
+            client.acknowledge(header)
+        else:
+            client.reply(
+                header,
+                f"{describe_oid(header.oid)} is at version {entry.version:x}".encode(),
+                Status.STALE_OBJECT,
+                version=entry.version,
+            )
+        return False
+
+    def _carry_out(self, change: _Change) -> None:
+        client, header, role = change.client, change.header, change.role
         try:
-            self._apply(header, payload, create, base)
+            self._apply(header, change.payload, change.makes, change.base)
         except CorruptError as error:
-            if base is not None:
-                self._corrupt(base, header, error)
+            if change.base is not None:
+                self._corrupt(change.base, header, error)
             raise
         except NoSpaceError:
             level = self.level_of(header.pool, header.pg)
             if role is not Role.JOINING or level.is_complete:
                 raise
             # Clients need not suffer that this node cannot join for lack of space.
-            level.fresh.discard(oid)
-            self._miss(client, header, payload)
+            level.fresh.discard(header.oid)
+            self._miss(client, header, change.payload)
             return
-        if role is Role.JOINING and not (unknown and header.op == Op.DELETE):
+        if role is Role.JOINING and not (change.is_unknown and header.op == Op.DELETE):
             # What was deleted unseen, a member that stayed may have yet.
-            self.level_of(header.pool, header.pg).bring(oid)
+            self.level_of(header.pool, header.pg).bring(header.oid)
         if self.awaited:
-            self.arrived(oid)
+            self.arrived(header.oid)
         client.acknowledge(header)
 
     def _apply(self, header: Header, payload: Buffer, create: bool, base: int | None) -> None:
