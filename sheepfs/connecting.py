@@ -19,6 +19,7 @@ from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
 from sheepfs.net.groups import plain_errors
 from sheepfs.net.link import Link
+from sheepfs.net.restored import refuse_restored
 from sheepfs.net.router import Router
 from sheepfs.net.store import Store
 from sheepfs.net.transport import TCP, Network
@@ -47,6 +48,8 @@ async def join(
         async with trio.open_nursery() as nursery:
             await nursery.start(router.run)
             await _wait_for_a_node(router)
+            witnesses = [(f"node {link.node}", link.seen) for link in router.links.values()]
+            await refuse_restored(store, keys, witnesses)
             me = Cluster(store, keys, catalog, router, owner, nursery)
             nursery.start_soon(me.report_stalls)
             nursery.start_soon(holder_requests.serve, store, keys, me.serve_request)
@@ -72,7 +75,7 @@ async def connect(
 
     Raises:
         UnreachableError: etcd does not answer, or no storage daemon is up.
-        UsageError: there is no such cluster.
+        UsageError: there is no such cluster, or a storage daemon has seen more than etcd knows.
     """
     async with Etcd(etcd) as store, join(store, cluster, owner, stays=stays) as me:
         try:

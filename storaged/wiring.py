@@ -23,7 +23,7 @@ from storaged.control import Control
 from storaged.membership.leader import Leader
 from storaged.membership.membership import Announcer, MapFollower
 from storaged.membership.ping import ping
-from storaged.membership.restored import EpochMemory, refuse_restored
+from storaged.membership.restored import EpochMemory, refuse_restored, seen_by
 from storaged.metrics import node_metrics
 from storaged.operations.replica import Replica
 from storaged.recovery.recovery import JoinedGroup, Recovery, encode_joined
@@ -118,6 +118,7 @@ class Parts:
             "node": self._announcer.node,
             "incarnation": self._announcer.incarnation,
             "epoch": self.replica.map.epoch,
+            "seen": seen_by(self._objects, self.replica.map.epoch),
         }
 
     async def _no_map(self) -> ClusterMap | None:

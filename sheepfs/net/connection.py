@@ -19,6 +19,7 @@ import trio
 from xxhash import xxh3_64_intdigest
 
 from sheepfs.core.errors import ProtocolError, UnreachableError, WrongClusterError, error_for
+from sheepfs.core.seen import Seen
 from sheepfs.core.wire import (
     HEADER_SIZE,
     MAX_FRAME,
@@ -326,6 +327,10 @@ async def _greet(connection: Connection, cluster: str, client: str, maps: bool) 
     missing = {"session", "node", "incarnation"} - greeting.keys()
     if missing or not all(isinstance(greeting[k], int) for k in ("session", "node", "incarnation")):
         raise ProtocolError("the daemon's greeting lacks session, node or incarnation")
+    try:
+        greeting["seen"] = Seen.parse(greeting.get("seen", Seen()))  # Older daemons do not tell.
+    except ValueError as error:
+        raise ProtocolError(f"the daemon's greeting: {error}") from error
     return greeting
 
 

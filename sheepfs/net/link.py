@@ -19,6 +19,7 @@ from uuid import uuid4
 import trio
 
 from sheepfs.core.errors import ProtocolError, Status, UnreachableError, error_for
+from sheepfs.core.seen import Seen
 from sheepfs.core.wire import REPLY, Buffer, Header, Op, acknowledged
 from sheepfs.net.connection import Connection, Greeting, connect
 from sheepfs.net.groups import plain_errors
@@ -59,6 +60,8 @@ class Link:
         self.connection = connection
         self.node: int = greeting["node"]
         self.incarnation: int = greeting["incarnation"]
+        self.seen: Seen = greeting["seen"]
+        """What the daemon had seen when it greeted."""
         self.session = connection.session
         self.pending: dict[int, Answer] = {}
         self.changes: dict[int, Change] = {}

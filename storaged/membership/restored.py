@@ -1,12 +1,9 @@
 """An etcd that was restored from older data: what a data directory knows better than that etcd.
 
 Always holds:
-- A daemon whose data directory has seen more than etcd knows does not start: numbers (tokens,
-  epochs, layers) would be given out twice, and what is unknown to etcd would be freed.
+- A daemon whose data directory has seen more than etcd knows does not start, and mounts and tools
+  that start hear of it in its greeting if it runs (`sheepfs.net.restored`).
 - The directory's memory never goes back, and is at least as old as its last quiet second.
-- What a directory has seen is read before etcd is asked: in between only etcd gets newer.
-A running daemon that saw the higher revisions of the same etcd needs none of this
-(`sheepfs.net.history`); this is for one that starts, and for an etcd whose revisions were raised.
 """
 
 from __future__ import annotations
@@ -17,11 +14,11 @@ from typing import Protocol
 
 import trio
 
-from sheepfs.core.clustermap import ClusterMap
-from sheepfs.core.errors import NoSpaceError, ProtocolError, SheepError, UsageError
+from sheepfs.core.errors import NoSpaceError, SheepError
 from sheepfs.core.keys import Keys
+from sheepfs.core.seen import Seen
+from sheepfs.net import restored
 from sheepfs.net.store import COMPLAIN_S, Store
-from sheepfs.net.tokens import read_floor
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +48,12 @@ class Directory(Protocol):
         ...
 
 
+def seen_by(directory: Directory, epoch: int = 0) -> Seen:
+    """Give what a data directory has seen, and a daemon that serves by the map of `epoch`."""
+    token = max(directory.tokens().values(), default=0)
+    return Seen(max(directory.epoch, epoch), token, directory.last_layer)
+
+
 async def refuse_restored(store: Store, keys: Keys, directory: Directory, epoch: int = 0) -> None:
     """Compare what etcd knows with what a data directory has seen.
 
@@ -62,31 +65,8 @@ async def refuse_restored(store: Store, keys: Keys, directory: Directory, epoch:
         UnreachableError: etcd does not answer.
         ProtocolError: what it holds cannot be read.
     """
-    tokens, layer, epoch = directory.tokens(), directory.last_layer, max(directory.epoch, epoch)
-    floor = await read_floor(store, keys)
-    found, revision = await store.list(keys.map)
-    maps = [ClusterMap.decode(kv.value).epoch for kv in found if kv.key == keys.map]
-    known = max(maps, default=0)
-    if known < epoch:
-        raise _refusal(f"the cluster map there has epoch {known}, this node was in {epoch}")
-    newest = max(tokens.values(), default=0)
-    if floor.token(revision) < newest:
-        raise _refusal(f"fencing tokens there end at {floor.token(revision)}, here at {newest}")
-    counter = await store.get(keys.counter("layer"))
-    try:
-        last = 0 if counter is None else int(counter.value)
-    except ValueError as error:
-        raise ProtocolError(f"{keys.counter('layer')} in etcd is no number") from error
-    if last < layer:
-        raise _refusal(f"the last layer there is {last}, objects here are of {layer}")
-
-
-def _refusal(reason: str) -> UsageError:
-    return UsageError(
-        f"etcd knows less than this data directory: {reason}. It was restored from older data, or"
-        " is another's. Bring newer data back, or stop all storage daemons, accept what there is"
-        " with: sheepctl metadata accept, and start daemons and mounts anew"
-    )
+    seen = seen_by(directory, epoch)
+    await restored.refuse_restored(store, keys, [("this data directory", seen)])
 
 
 class EpochMemory:

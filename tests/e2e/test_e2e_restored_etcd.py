@@ -136,6 +136,10 @@ def test_an_etcd_restored_from_older_data_is_refused_until_it_is_accepted(
         disk.close()
 
     # -- who starts refuses
+    code, told = sheepctl("vdi", "create", "unlucky", "1G")
+    assert (code, "etcd knows less than node" in told, ACCEPT in told) == (2, True, True), told
+    code, told = sheepctl("vdi", "clone", "first", "unlucky")
+    assert (code, "etcd knows less than node" in told, ACCEPT in told) == (2, True, True), told
     cluster.nodes[1].stop()
     cluster.nodes[1].start()
     wait_for(lambda: cluster.nodes[1].pid is None, 20, "the daemon to refuse to start")

@@ -14,6 +14,7 @@ from trio.testing import MockClock
 
 from fakes.etcd import FakeEtcd, FakeServer
 from fakes.waiting import wait_until
+from sheepfs.connecting import join
 from sheepfs.core.clustermap import ClusterMap
 from sheepfs.core.errors import DiskError, NoSpaceError, ProtocolError, SheepError, UsageError
 from sheepfs.core.geometry import data_object, format_oid, pg_of
@@ -22,6 +23,9 @@ from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import LayerRecord, VdiRecord
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.metadata_transfer import accept, propose_acceptance
+from sheepfs_tools.sheepctl import session as sheepctl_session
+from sheepfs_tools.sheepctl.commandline.parser import build_parser
+from sheepfs_tools.sheepctl.commands.vdi import vdi_create
 from storaged.daemon import Daemon, Machine, Options
 from storaged.membership.restored import EpochMemory, refuse_restored
 from storaged.store.objects import ObjectStore
@@ -70,10 +74,10 @@ async def test_a_directory_that_has_seen_no_more_than_etcd_knows_is_served() -> 
 @pytest.mark.parametrize(
     ("known", "epoch", "reason"),
     [
-        (Known(epoch=11), 0, "has epoch 10, this node was in 11"),
-        (Known(epoch=9), 12, "has epoch 10, this node was in 12"),
-        (Known(last_layer=21), 0, "last layer there is 20, objects here are of 21"),
-        (Known(highest={1: 2, 5: 99}), 0, "tokens there end at 3, here at 99"),
+        (Known(epoch=11), 0, "last epoch there is 10, here 11"),
+        (Known(epoch=9), 12, "last epoch there is 10, here 12"),
+        (Known(last_layer=21), 0, "last layer there is 20, here 21"),
+        (Known(highest={1: 2, 5: 99}), 0, "last token there is 3, here 99"),
     ],
 )
 async def test_a_directory_that_has_seen_more_is_refused(
@@ -85,7 +89,7 @@ async def test_a_directory_that_has_seen_more_is_refused(
 
 
 async def test_an_etcd_that_lost_map_and_counter_knows_less() -> None:
-    with pytest.raises(UsageError, match="epoch 0"):
+    with pytest.raises(UsageError, match="epoch there is 0"):
         await refuse_restored(FakeEtcd(), KEYS, Known(epoch=1))
     with pytest.raises(UsageError, match="layer there is 0"):
         await refuse_restored(FakeEtcd(), KEYS, Known(last_layer=1))
@@ -233,6 +237,31 @@ async def test_a_daemon_with_objects_of_layers_that_etcd_does_not_know_is_refuse
     cluster = ObjectStore.cluster_of(node.path)
     await put(etcd, KEYS.map, ClusterMap(node.remembered(), cluster).encoded)
     assert "last layer" in await node.refused()
+
+
+@pytest.mark.parametrize("bump", [0, 1 << 30])
+async def test_who_starts_beside_a_running_daemon_is_refused_by_what_that_has_seen(
+    tmp_path: Path, bump: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = OneNode(tmp_path / "disk")
+    create = build_parser().parse_args(["vdi", "create", "new", "1G", "--cluster", "test"])
+    monkeypatch.setattr(sheepctl_session, "Etcd", lambda _: node.server.client())
+    async with node.running():
+        await wait_until(lambda: node.epoch() > 0)
+        older, epoch = node.server.save(), node.epoch()
+        await put(node.server.client(), KEYS.pool(2), b"")
+        await wait_until(lambda: node.epoch() > epoch)
+        async with join(node.server.client(), "test", "a mount"):
+            pass
+        assert await vdi_create(create) == 0
+        node.server.restore(older, bump)
+        before = dict(node.server.keys)
+        with pytest.raises(UsageError, match=f"etcd knows less than node 1.*{MESSAGE}"):
+            async with join(node.server.client(), "test", "another"):
+                pytest.fail("it was let in")
+        with pytest.raises(UsageError, match=f"etcd knows less than node 1.*{MESSAGE}"):
+            await vdi_create(create)
+        assert node.server.keys == before
 
 
 async def test_a_running_daemon_changes_nothing_in_an_etcd_that_went_back(tmp_path: Path) -> None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
-from sheepfs.core.clustermap import ClusterMap
+from sheepfs.core.clustermap import ClusterMap, Node
 from sheepfs.core.errors import SheepError
 from sheepfs.core.keys import Keys
 from sheepfs.core.metadata import ClusterConfig
+from sheepfs.core.seen import Seen
 from sheepfs.core.wire import Op
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd
 from sheepfs.net.link import connect_node
+from sheepfs.net.restored import refuse_restored
 from sheepfs.net.store import Store
 
 NODE_TIMEOUT_S = 3.0
@@ -52,6 +54,28 @@ class Session:
         return (
             ClusterMap(0, self.config.cluster) if found is None else ClusterMap.decode(found.value)
         )
+
+    async def refuse_restored(self) -> None:
+        """Refuse an etcd that was restored from older data, as far as a storage daemon tells.
+
+        One of them is enough; if none answers, there is nobody to know better.
+
+        Raises:
+            UsageError: a daemon has seen more than etcd knows.
+        """
+        cluster_map = await self.cluster_map()
+        witnesses: list[tuple[str, Seen]] = []
+
+        async def ask(node: Node, nursery: trio.Nursery) -> None:
+            with suppress(SheepError):
+                async with connect_node(node.address, self.config.cluster) as link:
+                    witnesses.append((f"node {node.id}", link.seen))
+                    nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for node in cluster_map.nodes.values():
+                nursery.start_soon(ask, node, nursery)
+        await refuse_restored(self.store, self.keys, witnesses)
 
     async def statuses(self, cluster_map: ClusterMap) -> dict[int, dict[str, Any] | str]:
         """Ask all nodes at the same time; a text says why a node gave no status."""

@@ -57,6 +57,7 @@ async def vdi_create(arguments: argparse.Namespace) -> int:
     check_vdi_name(name)
     check_copies(arguments.copies)
     async with open_session(options(arguments)) as session:
+        await session.refuse_restored()
         record = await session.catalog.create(
             name, size, arguments.copies, 0o644, os.getuid(), os.getgid()
         )
