@@ -25,9 +25,30 @@ LEVELS = ("debug", "info", "warning", "error")
 BURST = 50
 """Lines of one kind within `BURST_S`; those beyond are counted only."""
 BURST_S = 10.0
+COMPLAIN_S = 30.0
+"""What lasts, like a store that stays away, is logged this often (I12)."""
 SLOW_EVERY_S = 10.0
 SLOW_EXPONENT = 20
 """What takes 2^20 microseconds, a good second, is slow."""
+
+
+class Complaint:
+    """A warning about something that lasts: it is due at once, then every `COMPLAIN_S`."""
+
+    def __init__(self) -> None:
+        self._next = float("-inf")
+
+    def due(self) -> bool:
+        """Tell whether to warn now; who asks does so if it is."""
+        now = trio.current_time()
+        if now < self._next:
+            return False
+        self._next = now + COMPLAIN_S
+        return True
+
+    def end(self) -> None:
+        """It lasts no longer: the next one is due at once."""
+        self._next = float("-inf")
 
 
 def fields(**values: object) -> dict[str, dict[str, object]]:

@@ -13,7 +13,8 @@ import trio
 
 from sheepfs.core.errors import ProtocolError, UnreachableError
 from sheepfs.core.metadata import Record
-from sheepfs.net.store import COMPLAIN_S, Store
+from sheepfs.logs import Complaint
+from sheepfs.net.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +39,13 @@ class Setting(Generic[RecordType]):
 
     async def run(self) -> None:
         """Follow the record until cancelled. A watch only hints: the record is always read."""
-        complained = -COMPLAIN_S
+        complaint = Complaint()
         async with self._store.watch(self._key) as hints:
             async for _ in hints:
                 try:
                     await self.refresh()
                 except (UnreachableError, ProtocolError) as error:
-                    if trio.current_time() >= complained + COMPLAIN_S:
-                        complained = trio.current_time()
+                    if complaint.due():
                         log.warning("cannot read %s, going by the last: %s", self._key, error)
 
     async def refresh(self) -> None:

@@ -28,10 +28,10 @@ import trio
 
 from sheepfs.core.errors import SheepError, UnreachableError, UsageError
 from sheepfs.core.kv import KeyValue, Put, Transaction
+from sheepfs.logs import Complaint
 from sheepfs.net.etcd_watch import WatchStream, reason_of
 from sheepfs.net.history import RevisionGuard, WentBackError, base_of
 from sheepfs.net.store import (
-    COMPLAIN_S,
     Hints,
     LeaseGoneError,
     LeaseKeeper,
@@ -294,7 +294,7 @@ class Etcd:
             create_request=etcdrpc.WatchCreateRequest(key=start, range_end=end)
         )
         backoff_s = PAUSE_S
-        complained = -COMPLAIN_S
+        complaint = Complaint()
         while not self._is_closed:
             number = self._current
             member = self._members[number]
@@ -314,8 +314,7 @@ class Etcd:
                 stream.stop()
             member.forget()
             self._leave(number)
-            if trio.current_time() >= complained + COMPLAIN_S:
-                complained = trio.current_time()
+            if complaint.due():
                 log.info(
                     "watch of %s on etcd at %s broke, connecting again: %s",
                     prefix, member.name, stream.failure,

@@ -20,6 +20,7 @@ import trio
 
 from sheepfs.core.errors import RetryableError, UnreachableError, UsageError
 from sheepfs.core.kv import KeyValue, Transaction
+from sheepfs.logs import Complaint
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ Hints = trio.MemoryReceiveChannel[None]
 
 RETRY_S = 1.0
 """Pause between attempts while the store does not answer."""
-COMPLAIN_S = 30.0
-"""A store that stays away is logged this often (I12)."""
 
 
 class LeaseGoneError(RetryableError):
@@ -175,7 +174,7 @@ class LeaseKeeper:
 
     async def run(self, *, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
         """Grant the lease (trying until the store answers), report its id, keep it alive."""
-        complained = -COMPLAIN_S
+        complaint = Complaint()
         while not self.lost.is_set():
             sent = trio.current_time()
             try:
@@ -188,13 +187,12 @@ class LeaseKeeper:
                     self.lost.set()
                     return
             except UnreachableError as error:
-                if sent >= complained + COMPLAIN_S:
-                    complained = sent
+                if complaint.due():
                     log.warning("lease not renewed, trying on: %s", error)
                 await trio.sleep(min(RETRY_S, self.ttl_s / 3))
                 continue
             self._renewed = sent
-            complained = -COMPLAIN_S
+            complaint.end()
             with trio.move_on_after(self.ttl_s / 3):
                 await self.lost.wait()
 

@@ -30,7 +30,8 @@ from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
 from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
 from sheepfs.core.metadata import AliveRecord, ClusterConfig, LeaderRecord
-from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, Store
+from sheepfs.logs import Complaint
+from sheepfs.net.store import RETRY_S, LeaseGoneError, Store
 from storaged.logic.leader import OUT_AFTER_S, Joined, as_in_map, decide, leaves_doubtful
 from storaged.logic.reachability import Outcome, Reachability, Run
 from storaged.membership.epochlog import log_changes, log_losses
@@ -105,7 +106,7 @@ class Leader:
         self._grace_until = -1.0
         self._answered = math.inf
         """When etcd answered last."""
-        self._complained = -COMPLAIN_S
+        self._complaint = Complaint()
         self._reach = Reachability()
         self._addresses: dict[Run, str] = {}
         self._pinging: set[Run] = set()
@@ -353,8 +354,7 @@ class Leader:
 
     def _complain(self, message: str, error: SheepError) -> None:
         """Log what lasts, but not at every round (I12)."""
-        if trio.current_time() >= self._complained + COMPLAIN_S:
-            self._complained = trio.current_time()
+        if self._complaint.due():
             log.warning(message, error)
 
     # --- eyes ----------------------------------------------------------------------------------

@@ -30,9 +30,10 @@ from sheepfs.core.metadata import (
     NodeRecord,
     NodeWish,
 )
+from sheepfs.logs import Complaint
 from sheepfs.net.history import WentBackError
 from sheepfs.net.metadata_transfer import refuse_half_done
-from sheepfs.net.store import COMPLAIN_S, RETRY_S, LeaseGoneError, LeaseKeeper, Store
+from sheepfs.net.store import RETRY_S, LeaseGoneError, LeaseKeeper, Store
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ class Announcer:
 
     async def _announce(self, lease: int) -> None:
         """Put the record now and whenever it changes."""
-        complained = -COMPLAIN_S
+        complaint = Complaint()
         while True:
             self._again = trio.Event()
             try:
@@ -212,8 +213,7 @@ class Announcer:
                 # The keeper finds out by itself within a third of the lease.
                 await trio.sleep(RETRY_S)
             except UnreachableError as error:
-                if trio.current_time() >= complained + COMPLAIN_S:
-                    complained = trio.current_time()
+                if complaint.due():
                     log.warning("cannot announce this node, trying on: %s", error)
                 await trio.sleep(RETRY_S)
             else:
@@ -270,14 +270,13 @@ class MapFollower:
 
     async def run(self) -> None:
         """Follow `map` in etcd until cancelled. A watch only hints: the map is always read."""
-        complained = -COMPLAIN_S
+        complaint = Complaint()
         async with self._store.watch(self._key) as hints:
             async for _ in hints:
                 try:
                     await self.refresh()
                 except (UnreachableError, ProtocolError) as error:
-                    if trio.current_time() >= complained + COMPLAIN_S:
-                        complained = trio.current_time()
+                    if complaint.due():
                         log.warning("cannot read the cluster map, trying on: %s", error)
 
     async def refresh(self) -> None:

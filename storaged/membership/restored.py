@@ -17,8 +17,9 @@ import trio
 from sheepfs.core.errors import NoSpaceError, SheepError
 from sheepfs.core.keys import Keys
 from sheepfs.core.seen import Seen
+from sheepfs.logs import Complaint
 from sheepfs.net import restored
-from sheepfs.net.store import COMPLAIN_S, Store
+from sheepfs.net.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class EpochMemory:
 
     async def run(self) -> None:
         """Write until cancelled, or until the disk fails. A full disk is tried again."""
-        complained = -COMPLAIN_S
+        complaint = Complaint()
         while True:
             await self._news.wait()
             self._news = trio.Event()
@@ -98,8 +99,7 @@ class EpochMemory:
                 await trio.to_thread.run_sync(self._directory.set_epoch, self._epoch)
             except NoSpaceError as error:
                 self._news.set()
-                if trio.current_time() >= complained + COMPLAIN_S:
-                    complained = trio.current_time()
+                if complaint.due():
                     log.warning("the epoch is not written down, trying on: %s", error)
             except SheepError as error:
                 self._on_disk_error(error)

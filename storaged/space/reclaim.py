@@ -21,10 +21,10 @@ import trio
 from sheepfs.core.clustermap import NodeState
 from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
 from sheepfs.core.wire import FLAG_KEEP_MAPS, RANGE, Op
+from sheepfs.logs import Complaint
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.link import Link
 from sheepfs.net.router import Router
-from sheepfs.net.store import COMPLAIN_S
 from storaged.control import Leading
 from storaged.logic.reclaim import Family, Live, Order, is_forgettable, orders
 from storaged.operations.replica import Replica
@@ -68,7 +68,7 @@ class Reclaimer:
 
     async def run(self) -> None:
         """While leading, look for what is to be done."""
-        complained = -COMPLAIN_S
+        complaint = Complaint()
         async with self._catalog.watch_reclaim(LOOK_EVERY_S) as hints:
             async for _ in hints:
                 if self._leader.is_leader:
@@ -77,8 +77,7 @@ class Reclaimer:
                     except UnreachableError as error:
                         log.debug("reclaim waits: %s", error)
                     except SheepError as error:
-                        if trio.current_time() >= complained + COMPLAIN_S:
-                            complained = trio.current_time()
+                        if complaint.due():
                             log.warning("reclaim waits: %s", error)
 
     async def _look(self) -> None:
