@@ -2,87 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import pytest
 import trio
 
-from fakes.etcd import FakeEtcd, FakeServer
-from fakes.snapshot_taker import KEYS, put, take_snapshot
+from fakes.etcd import FakeEtcd
+from fakes.sheepctl_bench import Bench
+from fakes.snapshot_taker import KEYS, take_snapshot
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
-from sheepfs.core.metadata import ClusterConfig, LockRecord
+from sheepfs.core.metadata import LockRecord
 from sheepfs.net.catalog import Catalog
-from sheepfs_tools.sheepctl import session as sheepctl_session
-from sheepfs_tools.sheepctl.__main__ import main
 
 
-class Done(NamedTuple):
-    """How a command ended."""
+def snapshot(sheepctl: Bench, vdi_name: str, tag: str) -> int:
+    """Take a snapshot, whatever that takes of a mount; give its id."""
 
-    code: int
-    out: str
-    err: str
+    async def take() -> int:
+        etcd = FakeEtcd(sheepctl.server)
+        return (await take_snapshot(Catalog(etcd, KEYS), etcd, vdi_name, tag)).id
 
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-class Bench:
-    """sheepctl on an etcd in memory."""
-
-    def __init__(self, server: FakeServer, read: Callable[[], Any]) -> None:
-        self.server = server
-        self._read = read
-
-    def __call__(self, line: str, *more: str) -> Done:
-        self._read()
-        code = main(["--cluster", "test", *line.split(), *more])
-        out, err = self._read()
-        return Done(code, out, err)
-
-    def good(self, line: str, *more: str) -> Done:
-        done = self(line, *more)
-        assert done.code == 0, done.err
-        assert done.err == "" or "note:" in done.err
-        return done
-
-    def bad(self, code: int, line: str, *more: str) -> str:
-        """Fail with a code and one line; gives the line."""
-        done = self(line, *more)
-        assert done.code == code, done
-        assert done.out == ""
-        assert done.err.count("\n") == 1
-        return done.err
-
-    def snapshot(self, vdi_name: str, tag: str) -> int:
-        async def take() -> int:
-            etcd = FakeEtcd(self.server)
-            return (await take_snapshot(Catalog(etcd, KEYS), etcd, vdi_name, tag)).id
-
-        return trio.run(take)
-
-    def put(self, key: str, value: bytes) -> None:
-        trio.run(put, FakeEtcd(self.server), key, value)
-
-
-@pytest.fixture
-def sheepctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
-    server = FakeServer()
-    monkeypatch.setattr(sheepctl_session, "Etcd", lambda _endpoint: FakeEtcd(server))
-    bench = Bench(server, capsys.readouterr)
-    bench.put(KEYS.config, ClusterConfig("ab" * 16).encode())
-    return bench
+    return trio.run(take)
 
 
 @pytest.fixture
 def vm1(sheepctl: Bench) -> int:
     """A VDI with two snapshots; gives its id."""
     made = sheepctl.good("vdi create vm1 1G --json").json
-    sheepctl.snapshot("vm1.raw", "daily")
-    sheepctl.snapshot("vm1.raw", "weekly")
+    snapshot(sheepctl, "vm1.raw", "daily")
+    snapshot(sheepctl, "vm1.raw", "weekly")
     return int(made["id"])
 
 
@@ -186,7 +132,7 @@ def test_tree_of_nothing_says_what_to_do(sheepctl: Bench) -> None:
 
 def test_snapshot_comes_back_under_another_tag(sheepctl: Bench, vm1: int) -> None:
     number = sheepctl.good("snapshot delete vm1@daily --json").json["deleted"][0]["id"]
-    sheepctl.snapshot("vm1.raw", "daily")
+    snapshot(sheepctl, "vm1.raw", "daily")
     assert "--name" in sheepctl.bad(1, f"trash restore {number}")
     assert "VDI@TAG" in sheepctl.bad(2, f"trash restore {number} --name older")
     restored = sheepctl.good(f"trash restore {number} --name vm1@older --json").json

@@ -2,69 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import pytest
 import trio
 
-from fakes.etcd import FakeEtcd, FakeServer
-from fakes.snapshot_taker import KEYS, put
+from fakes.etcd import FakeEtcd
+from fakes.sheepctl_bench import CLUSTER, Bench
+from fakes.snapshot_taker import KEYS
 from sheepfs.core.clustermap import ClusterMap, Node, NodeState, PlacementGroup
-from sheepfs.core.metadata import ClusterConfig, NodeWish
-from sheepfs_tools.sheepctl import session as sheepctl_session
-from sheepfs_tools.sheepctl.__main__ import main
+from sheepfs.core.metadata import NodeWish
 from sheepfs_tools.sheepctl.commands import node as sheepctl_node
 
 
-class Done(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-class Bench:
-    """sheepctl on an etcd in memory."""
-
-    def __init__(self, server: FakeServer, read: Callable[[], Any]) -> None:
-        self.server = server
-        self._read = read
-
-    def __call__(self, line: str, *more: str) -> Done:
-        self._read()
-        code = main(["--cluster", "test", *line.split(), *more])
-        return Done(code, *self._read())
-
-    def good(self, line: str) -> Done:
-        done = self(line)
-        assert (done.code, done.err) == (0, "")
-        return done
-
-    def bad(self, code: int, line: str, *more: str) -> str:
-        """Fail with a code and one line; gives the line."""
-        done = self(line, *more)
-        assert (done.code, done.out, done.err.count("\n")) == (code, "", 1), done
-        return done.err
-
-    def put(self, key: str, value: bytes) -> None:
-        trio.run(put, FakeEtcd(self.server), key, value)
-
-
-@pytest.fixture
-def sheepctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
-    """Five nodes that nobody listens at; node 1 is down, and node 5 is empty."""
-    server = FakeServer()
-    monkeypatch.setattr(sheepctl_session, "Etcd", lambda _endpoint: FakeEtcd(server))
+@pytest.fixture(autouse=True)
+def five_nodes(monkeypatch: pytest.MonkeyPatch, sheepctl: Bench) -> None:
+    """Nobody listens at them; node 1 is down, and node 5 is empty."""
     monkeypatch.setattr(sheepctl_node, "LEADER_ACTS_S", 0.05)
-    bench = Bench(server, capsys.readouterr)
-    bench.put(KEYS.config, ClusterConfig("ab" * 16).encode())
     nodes = {
         n: Node(
             n, NodeState.DOWN if n == 1 else NodeState.ACTIVE, "127.0.0.1:1", n, f"z{n}", 9.0, 1e9
@@ -72,8 +24,7 @@ def sheepctl(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         for n in range(1, 6)
     }
     groups = (PlacementGroup(3, (2, 3, 4)), PlacementGroup(3, (2, 3), (), (1,)))
-    bench.put(KEYS.map, ClusterMap(3, "ab" * 16, nodes, {3: groups}).encoded)
-    return bench
+    sheepctl.put(KEYS.map, ClusterMap(3, CLUSTER, nodes, {3: groups}).encoded)
 
 
 def wish(sheepctl: Bench, node: int) -> NodeWish | None:
