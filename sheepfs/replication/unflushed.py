@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 import trio
@@ -60,26 +61,13 @@ class Unflushed:
         self.layers.add(ALL_LAYERS)
 
     def map_changed(self, old: ClusterMap, new: ClusterMap) -> None:
-        """Note whether unflushed changes were lost with the members that left.
-
-        Who was only joining does not count: the one that it learnt from may have lost them before,
-        if this mount has slept through that.
-        """
-        lost = set()
-        for pool, pg in self.groups | self._flushing:
-            had = old.pools[pool][pg].sync if pool in old.pools else ()
-            stayed = any(
-                node in had
-                and node in old.nodes
-                and old.nodes[node].incarnation == new.nodes[node].incarnation
-                for node in new.pools[pool][pg].sync
-            )
-            if had and not stayed:
-                log.error(
-                    "VDI %d: group %d of pool %d lost every member with unflushed writes",
-                    self._replicator.vdi, pg, pool,
-                )  # fmt: skip
-                lost.add((pool, pg))
+        """Note whether unflushed changes were lost with the members that left."""
+        lost = left_by_all(self.groups | self._flushing, old, new)
+        for pool, pg in sorted(lost):
+            log.error(
+                "VDI %d: group %d of pool %d lost every member with unflushed writes",
+                self._replicator.vdi, pg, pool,
+            )  # fmt: skip
         if lost:
             self.losses += 1
             self.lost |= lost
@@ -224,6 +212,26 @@ class Unflushed:
                 token=replicator.token,
             )
         return True
+
+
+def left_by_all(groups: AbstractSet[Group], old: ClusterMap, new: ClusterMap) -> set[Group]:
+    """Give the groups of which no `sync` member stayed: what it had in memory is gone.
+
+    Who was only joining does not count: the one that it learnt from may have lost that before, if
+    this mount has slept through it.
+    """
+    left = set()
+    for pool, pg in groups:
+        had = old.pools[pool][pg].sync if pool in old.pools else ()
+        stayed = any(
+            node in had
+            and node in old.nodes
+            and old.nodes[node].incarnation == new.nodes[node].incarnation
+            for node in new.pools[pool][pg].sync
+        )
+        if had and not stayed:
+            left.add((pool, pg))
+    return left
 
 
 def _one(layers: set[int]) -> int:
