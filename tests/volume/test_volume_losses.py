@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from fakes.static_cluster import StaticCluster, static_cluster
+from fakes.static_cluster import PG_COUNT, StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
@@ -21,6 +21,7 @@ from sheepfs.core.geometry import (
     map_object,
     pg_of,
 )
+from sheepfs.core.wire import Op
 from storaged.store.objects import ObjectStore
 
 BLOCK = 4096
@@ -38,6 +39,22 @@ async def lose_power(cluster: StaticCluster, mount: StaticMount, *oids: int) -> 
         for oid in oids:
             if store.get(oid) is not None:
                 store.delete(oid)
+        store.close(clean=True)
+    await start_all(cluster, mount)
+
+
+async def tear(cluster: StaticCluster, mount: StaticMount, oid: int, old: bytes) -> None:
+    """All nodes lose power, and kept of the last change of an object its version, not its data."""
+    nodes = list(cluster.nodes.values())
+    version = max(entry.version for node in nodes if (entry := node.store.get(oid)))
+    for node in nodes:
+        node.clean = False
+        node.stop()
+    for node in nodes:
+        await node._ended.wait()
+        store = ObjectStore.open(node.path, cluster=cluster.uuid, reserve_bytes=0)
+        store.mark([oid])
+        store.write(oid, 0, old, version, create=True, pool=3, pg=pg_of(oid, PG_COUNT))
         store.close(clean=True)
     await start_all(cluster, mount)
 
@@ -88,6 +105,38 @@ async def test_an_object_that_is_gone_is_a_hole_again_and_can_be_made_anew(tmp_p
         await there.volume.attach()
         assert await there.read(0, BLOCK) == A
         assert await there.read(OBJECT_SIZE, BLOCK) == C
+
+
+@pytest.mark.parametrize("kind", ["a write", "a creation", "a copy"])
+async def test_a_change_under_way_is_there_though_a_power_cut_kept_only_its_version(
+    tmp_path: Path, kind: str
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        here = await mount_of(cluster, StaticRecord())
+        await here.write(0, A)
+        await here.write(2 * BLOCK, A)
+        await here.flush()
+        if kind == "a creation":
+            await here.volume.punch(0, OBJECT_SIZE)
+        elif kind == "a copy":
+            await here.snapshot()
+        oid = data_object(here.volume.open_layer, 0)
+        before = {n: node.store.get(oid) for n, node in cluster.nodes.items()}
+        versions = {n: entry.version if entry else 0 for n, entry in before.items()}
+        # One node hears nothing, so that the write is not complete.
+        cluster.nodes[1].server.handlers[Op.WRITE] = lambda *_: None
+
+        def is_at(number: int) -> bool:
+            entry = cluster.nodes[number].store.get(oid)
+            return entry is not None and not entry.state and entry.version > versions[number]
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(here.write, 0, B)
+            await wait_until(lambda: is_at(2) and is_at(3))
+            await tear(cluster, here, oid, A + bytes(BLOCK) + A)
+        await here.flush()
+        rest = bytes(2 * BLOCK) if kind == "a creation" else bytes(BLOCK) + A
+        assert await here.read(0, 3 * BLOCK) == B + rest
 
 
 async def test_everybody_who_flushes_after_a_loss_is_told_until_the_vdi_was_let_go(
