@@ -63,12 +63,15 @@ class PlacementGroup:
     Attributes:
         away: nodes that were voted out and are still expected back, so that a return costs only
             what they missed. Not members: they get no writes and give no reads.
+        lost: epoch in which the group last went on though each `sync` member had ended since it
+            was one: what they had acknowledged and not flushed may be gone; 0: never.
     """
 
     changed: int
     sync: tuple[int, ...]
     joining: tuple[int, ...] = ()
     away: tuple[int, ...] = ()
+    lost: int = 0
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -119,10 +122,7 @@ class ClusterMap:
                 for n in self.nodes.values()
             ],
             "pools": {
-                str(copies): [
-                    [pg.changed, pg.sync, pg.joining, *([pg.away] if pg.away else [])] for pg in pgs
-                ]
-                for copies, pgs in self.pools.items()
+                str(copies): [_row(group) for group in pgs] for copies, pgs in self.pools.items()
             },
         }
 
@@ -138,13 +138,7 @@ class ClusterMap:
             if raw["format"] != 1:
                 raise ProtocolError(f"cluster map of format {raw['format']}; this version knows 1")
             nodes = {node.id: node for node in map(_node, raw["nodes"])}
-            pools = {
-                int(copies): tuple(
-                    PlacementGroup(int(r[0]), *(tuple(map(int, ids)) for ids in r[1:4]))
-                    for r in pgs
-                )
-                for copies, pgs in raw["pools"].items()
-            }
+            pools = {int(copies): tuple(map(_group, pgs)) for copies, pgs in raw["pools"].items()}
             return cls(int(raw["epoch"]), str(raw["cluster"]), nodes, pools)
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise ProtocolError(f"not a cluster map: {error}") from error
@@ -161,6 +155,21 @@ class ClusterMap:
             nodes=self.nodes if nodes is None else nodes,
             pools=self.pools if pools is None else pools,
         )
+
+
+def _row(group: PlacementGroup) -> list[Any]:
+    """Give a group's JSON, without what is empty at its end: there are thousands in a map."""
+    row = [group.changed, group.sync, group.joining, group.away, group.lost]
+    while not row[-1] and len(row) > 3:
+        row.pop()
+    return row
+
+
+def _group(row: list[Any]) -> PlacementGroup:
+    changed, sync, joining, *more = row
+    away, lost = (*more, *((), 0)[len(more) :])[:2]
+    sync, joining, away = (tuple(map(int, ids)) for ids in (sync, joining, away))
+    return PlacementGroup(int(changed), sync, joining, away, int(lost))
 
 
 def _node(row: list[Any]) -> Node:

@@ -3,7 +3,7 @@
 Always holds:
 - A change is complete when every current member accepted it in the current epoch (I7): when a
   group changes, everything not complete is sent again to all its members (they know what they
-  have by version), as new changes if none of its members stayed.
+  have by version), as new changes if all its members were lost.
 - Versions are unique for ever: the attach's generation in the high bits, a sequence below.
 - Changes of one object complete in the order of their versions.
 - After a disagreement (`STALE_OBJECT`, a failed change) an object is opened again: its replicas
@@ -29,7 +29,7 @@ from sheepfs.net.router import Router
 from sheepfs.replication.changes import Change, Group, ObjectState
 from sheepfs.replication.levelling import Leveller
 from sheepfs.replication.sending import Sender
-from sheepfs.replication.unflushed import Unflushed, left_by_all
+from sheepfs.replication.unflushed import Unflushed, lost_groups
 
 log = logging.getLogger(__name__)
 
@@ -294,11 +294,11 @@ class Replicator:
         self.sender.forget_routes()
         self.unflushed.map_changed(old, new)
         under_way = {change.state.group for change in self.sender.under_way}
-        self._renew(left_by_all(under_way, old, new))
+        self._renew(lost_groups(under_way, old, new))
         self.sender.send_stale(new)
 
     def _renew(self, groups: AbstractSet[Group]) -> None:
-        """What is under way in groups that were left by all is sent as new changes.
+        """What is under way in groups whose members were lost is sent as new changes.
 
         Who comes back may have kept a version without all the data that belongs to it: a power cut
         tears what was not flushed. So the version does not tell whether a change is there.

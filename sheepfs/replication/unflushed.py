@@ -10,8 +10,7 @@ Always holds:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import trio
@@ -62,7 +61,7 @@ class Unflushed:
 
     def map_changed(self, old: ClusterMap, new: ClusterMap) -> None:
         """Note whether unflushed changes were lost with the members that left."""
-        lost = left_by_all(self.groups | self._flushing, old, new)
+        lost = lost_groups(self.groups | self._flushing, old, new)
         for pool, pg in sorted(lost):
             log.error(
                 "VDI %d: group %d of pool %d lost every member with unflushed writes",
@@ -214,24 +213,9 @@ class Unflushed:
         return True
 
 
-def left_by_all(groups: AbstractSet[Group], old: ClusterMap, new: ClusterMap) -> set[Group]:
-    """Give the groups of which no `sync` member stayed: what it had in memory is gone.
-
-    Who was only joining does not count: the one that it learnt from may have lost that before, if
-    this mount has slept through it.
-    """
-    left = set()
-    for pool, pg in groups:
-        had = old.pools[pool][pg].sync if pool in old.pools else ()
-        stayed = any(
-            node in had
-            and node in old.nodes
-            and old.nodes[node].incarnation == new.nodes[node].incarnation
-            for node in new.pools[pool][pg].sync
-        )
-        if had and not stayed:
-            left.add((pool, pg))
-    return left
+def lost_groups(groups: Iterable[Group], old: ClusterMap, new: ClusterMap) -> set[Group]:
+    """Give those that went on since `old` though each member with all in memory had ended."""
+    return {(pool, pg) for pool, pg in groups if new.pools[pool][pg].lost > old.epoch}
 
 
 def _one(layers: set[int]) -> int:

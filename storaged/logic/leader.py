@@ -13,6 +13,8 @@ Pure. Always holds, for every map made here from a map made here:
   targets can be read back from the map, and a new leader goes on with every move that has begun.
   Moves that have not are nowhere (storaged.logic.moves): they are planned anew each time, from
   rows in which those that have begun count as done.
+- A group that goes on with nobody who had everything in memory says so (`lost`): holders of VDIs
+  that missed some maps in between learn of it all the same.
 - Only an operator's word makes a group go on without all that hold it (I8), and only while none of
   these is back.
 """
@@ -82,6 +84,8 @@ class _Standing:
     """It lacks no copy, but should have some elsewhere."""
     is_at_rest: bool
     """Nobody is to catch up or expected back, and all that hold it are up."""
+    is_cut: bool
+    """It goes on, and nobody is left who had everything in memory."""
 
 
 def decide(
@@ -275,12 +279,16 @@ def _standings(
 ) -> list[_Standing]:
     rows = []
     stays = []
+    cuts = []
     for pg, group in enumerate(groups):
         done = complete.get(pg, frozenset())
         whole = [*group.sync, *(n for n in group.joining if n in done)]
-        stay = [n for n in whole if n in view.same] or _last_stand(whole, view)
+        unbroken = [n for n in whole if n in view.same]
+        stay = unbroken or _last_stand(whole, view)
+        is_cut = not unbroken and not view.live.isdisjoint(stay)
         if (copies, pg) in words:
-            stay = [words[copies, pg]]
+            stay, is_cut = [words[copies, pg]], True
+        cuts.append(is_cut)
         known = dict.fromkeys((*group.joining, *group.away, *group.sync, *stay))
         # The last stand's nodes may be given up long ago: that the group waits for them is no
         # copy that it has.
@@ -296,8 +304,9 @@ def _standings(
             aims,
             is_to_move=len(row) >= len(aims) and not set(aims) <= set(row),
             is_at_rest=view.live >= set(stay) >= set(row),
+            is_cut=is_cut,
         )
-        for group, stay, row, aims in zip(groups, stays, rows, targets, strict=True)
+        for group, stay, row, aims, is_cut in zip(groups, stays, rows, targets, cuts, strict=True)
     ]
 
 
@@ -314,12 +323,14 @@ def _next_group(
     if not joining and not away:
         leavers = []
     sync = (*(n for n in targets if n in stay), *leavers)
-    following = PlacementGroup(group.changed, sync, joining, away)
+    following = PlacementGroup(group.changed, sync, joining, away, group.lost)
     if _roles(following) == _roles(group):
         following = group
     members = following.members
     if set(members) != set(group.members) or not view.renewed.isdisjoint(members):
         following = replace(following, changed=view.epoch)
+    if standing.is_cut:
+        following = replace(following, lost=view.epoch)
     return following
 
 

@@ -25,7 +25,9 @@ nodes = st.builds(
     up_since=st.floats(0, 1e12),
     held_until=st.floats(0, 1e12),
 )
-groups = st.builds(PlacementGroup, st.integers(0, 2**60), members, members, members)
+groups = st.builds(
+    PlacementGroup, st.integers(0, 2**60), members, members, members, st.integers(0, 2**60)
+)
 maps = st.builds(
     ClusterMap,
     epoch=st.integers(0, 2**60),
@@ -55,12 +57,18 @@ def test_the_encoding_is_pinned() -> None:
         7,
         "ab" * 16,
         {2: Node(2, NodeState.DOWN, "host:7000", 99, "rack", 1.5, 3.0, 4, 1.0, 9.5)},
-        {3: (PlacementGroup(6, (1, 2), (3,)), PlacementGroup(7, (1,), (), (2,)))},
+        {
+            3: (
+                PlacementGroup(6, (1, 2), (3,)),
+                PlacementGroup(7, (1,), (), (2,)),
+                PlacementGroup(7, (1,), lost=5),
+            )
+        },
     )
     assert cluster_map.encoded == (
         b'{"format":1,"epoch":7,"cluster":"' + b"ab" * 16 + b'",'
         b'"nodes":[[2,"down","host:7000",99,"rack",1.5,3.0,4,1.0,9.5]],'
-        b'"pools":{"3":[[6,[1,2],[3]],[7,[1],[],[2]]]}}'
+        b'"pools":{"3":[[6,[1,2],[3]],[7,[1],[],[2]],[7,[1],[],[],5]]}}'
     )
 
 

@@ -130,8 +130,20 @@ class StaticCluster:
             vanished: all members are down, and stay, as they are the last.
         """
         epoch = self.map.epoch + 1
-        group = PlacementGroup(epoch, tuple(sync), tuple(joining or ()), tuple(away))
+        lost = max((g.lost for g in self.map.pools.get(self.copies, ())), default=0)
+        if not vanished and self.map.epoch and not any(map(self._had_all, sync)):
+            lost = epoch
+        group = PlacementGroup(epoch, tuple(sync), tuple(joining or ()), tuple(away), lost)
         self._set(epoch, {self.copies: (group,) * PG_COUNT}, vanished)
+
+    def _had_all(self, node: int) -> bool:
+        """Whether a node is in the same run as in the map, and was level."""
+        known = self.map.nodes.get(node)
+        return (
+            known is not None
+            and known.incarnation == self.nodes[node].incarnation
+            and node in self.map.pools[self.copies][0].sync
+        )
 
     def joined(self, node: int, groups: list[JoinedGroup]) -> None:
         """Promote a node that caught up, as the leader would."""

@@ -201,6 +201,19 @@ def test_of_all_that_fail_at_once_one_that_is_back_is_kept() -> None:
     assert all(g.sync == (2,) for g in current.pools[3])
 
 
+def test_a_group_that_goes_on_without_anybodys_memory_says_so_for_good() -> None:
+    whole = three_nodes()
+    lost = step(whole, alive(2, run=2))
+    assert all(g.lost == lost.epoch for g in lost.pools[3])
+    later = step(lost, alive(1, 2, 3, run=2))
+    later = step(later, alive(1, 2, 3, run=2), joined=reports(later, alive(1, 2, 3, run=2)))
+    assert all(len(g.sync) == 3 and g.lost == lost.epoch for g in later.pools[3])
+    waiting = step(whole, {})
+    assert not any(g.lost for g in waiting.pools[3])
+    back = step(waiting, {**alive(1), **alive(2, run=2)})
+    assert all(g.sync == (1,) and not g.lost for g in back.pools[3])
+
+
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_of_all_that_vanish_at_once_the_first_that_comes_back_is_kept(first: int) -> None:
     current = step(three_nodes(), {})
@@ -415,6 +428,10 @@ class LeaderMachine(RuleBasedStateMachine):
             )
             gone = self.is_gone(before, node)
             assert not gone or new.sync == (node,) or self._all_vanished(new.sync)
+        is_up = any(after.nodes[n].state is not NodeState.DOWN for n in new.sync)
+        intact = [n for n in new.sync if not self.is_gone(before, n)]
+        is_cut = (given_up and set(new.sync).isdisjoint(old.sync)) or (is_up and not intact)
+        assert new.lost == (after.epoch if is_cut else old.lost)
         stayed = {n for n in old.sync if not self.is_gone(before, n)}
         if not stayed <= set(new.sync):
             removed = {n for n, wish in self.wishes.items() if wish.removed}
