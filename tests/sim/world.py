@@ -332,11 +332,9 @@ class World:
         if found is None:
             return False
         running = {other.name for other in self.nodes if other.is_up}
-        hosts = {
-            member.id: member.address.partition(":")[0]
-            for member in found.nodes.values()
-            if member.state is not NodeState.DOWN
-        }
+        # One that was voted out may be waited for all the same; one whose disk was replaced is not.
+        newest = {found.nodes[number].address: number for number in sorted(found.nodes)}
+        hosts = {number: address.partition(":")[0] for address, number in newest.items()}
         return any(
             running.intersection(hosts.get(member, "") for member in group.sync) == {node.name}
             for groups in found.pools.values()
