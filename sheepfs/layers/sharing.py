@@ -3,8 +3,9 @@
 Always holds:
 - Only objects of frozen layers are shared; a source that still writes to one of the range is
   frozen first.
-- The target's map is stored before the source's record is looked at once more: if the source is
-  gone by then, the shares are taken back, since reclaim may not have seen them (snapshots.md).
+- The target's map counts as one that is being made until it is stored. Then the source's record is
+  looked at once more: if the source is gone by then, or nobody could tell any more that the map
+  was being made, the shares are taken back, since reclaim may not have seen them (snapshots.md).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sheepfs.backend import OpenVolume
 from sheepfs.callbacks import completion, read_bytes
 from sheepfs.core.errors import ReadOnlyError, UsageError, VdiNotFoundError
 from sheepfs.core.geometry import MAX_VDI_SIZE, OBJECT_SIZE
+from sheepfs.net.store import LeaseGoneError
 from sheepfs.volume.frozen import FrozenVolume
 from sheepfs.volume.volume import Volume
 
@@ -64,16 +66,18 @@ async def _share(
         last += 1
     if first == last or not await _join_family(cluster, target, source):
         return 0
-    entries = await _frozen_entries(cluster, source, first, last)
-    if not entries:
-        return 0
-    replaced = await target.share(entries, min(end, (first + len(entries)) * OBJECT_SIZE))
-    await completion(target.flush)
-    try:
-        await cluster.check_exists(source.record.id)
-    except VdiNotFoundError:
-        await target.share(replaced, target.size)
-        raise
+    async with cluster.snapshots.taking_over(target) as finish:
+        entries = await _frozen_entries(cluster, source, first, last)
+        if not entries:
+            return 0
+        replaced = await target.share(entries, min(end, (first + len(entries)) * OBJECT_SIZE))
+        await completion(target.flush)
+        try:
+            await cluster.check_exists(source.record.id)
+            await finish()
+        except (VdiNotFoundError, LeaseGoneError):
+            await target.share(replaced, target.size)
+            raise
     await target.drop(replaced)
     return min(end, (first + len(entries)) * OBJECT_SIZE) - offset
 

@@ -12,19 +12,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
-from sheepfs.core.errors import (
-    SnapshotExistsError,
-)
+from sheepfs.core.errors import SnapshotExistsError, UnreachableError
 from sheepfs.core.geometry import copies_of
+from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Unchanged
 from sheepfs.core.metadata import SnapshotRecord, VdiRecord
 from sheepfs.core.names import check_tag, check_vdi_name
-from sheepfs.layers.commits import Changes, Commits, attachment_of
-from sheepfs.net.catalog import Change
+from sheepfs.layers.commits import ABANDON_S, Changes, Commits, attachment_of
+from sheepfs.net.catalog import Catalog, Change
 from sheepfs.net.groups import plain_errors
+from sheepfs.net.router import Router
+from sheepfs.net.store import LeaseGoneError, LeaseKeeper, Store
 from sheepfs.replication.replicator import Replicator
 from sheepfs.volume.capture import Captured, copy_maps
 from sheepfs.volume.volume import Volume
@@ -33,7 +37,19 @@ log = logging.getLogger(__name__)
 
 
 class Snapshots(Commits):
-    """What one mount does to make VDIs of VDIs."""
+    """What one mount does to make VDIs of VDIs; the arguments are those of `Commits`."""
+
+    def __init__(
+        self,
+        store: Store,
+        keys: Keys,
+        catalog: Catalog,
+        router: Router,
+        lease: Callable[[], Awaitable[LeaseKeeper]],
+    ) -> None:
+        super().__init__(store, keys, catalog, router, lease)
+        self._sharing = trio.Lock()
+        """One VDI at a time takes over what others name: a map has one key to say so."""
 
     # -- of a VDI that is held ----------------------------------------------------------------
 
@@ -196,6 +212,28 @@ class Snapshots(Commits):
             return attachment.record
 
         await target.replace_map(publish)
+
+    @asynccontextmanager
+    async def taking_over(self, target: Volume) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """Let a VDI that is held here take over what other maps name; reclaim waits meanwhile.
+
+        Gives what is to be called once the map is stored: it raises LeaseGoneError if reclaim may
+        not have waited for all of that.
+        """
+        record = target.record
+        async with self._sharing:
+            lease = (await self._lease()).lease
+            await self._catalog.begin_sharing(record.map, record.id, record.family, lease)
+            try:
+                yield partial(self._catalog.end_sharing, record.map)
+            finally:
+                with trio.move_on_after(ABANDON_S, shield=True):
+                    try:
+                        await self._catalog.end_sharing(record.map)
+                    except LeaseGoneError:
+                        pass  # It has ended.
+                    except UnreachableError as error:
+                        log.info("reclaim waits until our lease ends: %s", error)
 
     # -- of a snapshot ------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ Always holds:
   read stops whoever wants to remove something (I4).
 - A layer in `building/` is alive: its map is being made by who holds the lease.
 - Layer ids come from `counters/layer` and are never given out twice (I4).
+- What names an object of a frozen layer is copied only to a map in `building/`, from before the
+  copy until the map is stored (and known, if it is a new one).
 Source: docs/snapshots.md.
 """
 
@@ -16,7 +18,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
-from sheepfs.core.errors import ProtocolError, UsageError
+import trio
+
+from sheepfs.core.errors import ProtocolError, RetryableError, UsageError
 from sheepfs.core.geometry import MAX_SERIAL, make_layer, tag_of
 from sheepfs.core.kv import Delete, KeyValue, Put, Transaction, Unchanged
 from sheepfs.core.metadata import (
@@ -31,6 +35,10 @@ from sheepfs.net.store import Hints, LeaseGoneError
 from sheepfs.net.trash import TrashCatalog
 
 log = logging.getLogger(__name__)
+
+BUILDING_PATIENCE_S = 5.0
+BUILDING_POLL_S = 0.2
+"""How long, and how often, roots are read again while a map of the family is being made."""
 
 AlsoChange = Callable[[list[int], Change], Awaitable[None]]
 
@@ -47,6 +55,8 @@ class RootMap:
     """Whose map it is, for people."""
     settled: bool = True
     """Nobody changes it, and its replicas are equal: a snapshot's, or of a VDI let go cleanly."""
+    touched: int = 0
+    """The revision in which its layer was born, or last began to take over from other maps."""
 
 
 @dataclass(slots=True)
@@ -113,6 +123,30 @@ class LayerCatalog(TrashCatalog):
 
         return await self._commit(decide)
 
+    async def begin_sharing(self, layer: int, vdi: int, family: int, lease: int) -> None:
+        """Say that a known map is about to take over what other maps of its family name.
+
+        Raises:
+            LeaseGoneError: the lease has ended.
+        """
+        record = LayerRecord(vdi, family, self._clock()).encode()
+        keys = self._keys
+        changes = [
+            Put(keys.layer(layer), record),
+            Put(keys.building_layer(layer), record, lease),
+        ]
+        await self._store.commit(Transaction([], changes))
+
+    async def end_sharing(self, layer: int) -> None:
+        """Say that the map is stored as it is now.
+
+        Raises:
+            LeaseGoneError: reclaim may have taken meanwhile what only this map names.
+        """
+        unchanged, delete = self.built(await self.building(layer))
+        if await self._store.commit(Transaction([unchanged], [delete])) is None:
+            raise LeaseGoneError(f"layer {layer:#x} is not being built any more")
+
     async def building(self, layer: int) -> KeyValue:
         """Give the key that says that a layer is being built.
 
@@ -148,6 +182,36 @@ class LayerCatalog(TrashCatalog):
         """Read what keeps a family's objects alive. Raises ProtocolError (see all_roots)."""
         all_families, revision = await self._all_roots()
         return all_families.get(family) or Roots(family, revision)
+
+    async def read_maps(self, family: int, read: Callable[[RootMap], Awaitable[None]]) -> Roots:
+        """Have all maps of a family read; give the roots as they were before.
+
+        Maps change while they are read: a snapshot takes over what its VDI names, and the VDI
+        drops it. Who reads the VDI's map after that, and the roots before, sees it nowhere. So the
+        roots are read again behind the maps, until they tell of none that has come, or taken over
+        anything, since the roots were read before it: then what no map was seen to name is dead.
+
+        Raises:
+            RetryableError: there is a map that is being made for long.
+            SheepError: of `read`.
+            ProtocolError: see all_roots.
+        """
+        first = roots = await self.roots(family)
+        seen: dict[int, int] = {}
+        give_up = trio.current_time() + BUILDING_PATIENCE_S
+        while True:
+            known = [root for root in roots.maps if root.map not in roots.building]
+            unread = [root for root in known if root.touched > seen.get(root.map, -1)]
+            for root in unread:
+                await read(root)
+                seen[root.map] = roots.revision
+            if not unread and not roots.building:
+                return first
+            if not unread:
+                if trio.current_time() > give_up:
+                    raise RetryableError("a snapshot, clone or copy is being made for long")
+                await trio.sleep(BUILDING_POLL_S)
+            roots = await self.roots(family)
 
     async def all_roots(self) -> dict[int, Roots]:
         """Read what keeps objects alive, by family, all at one revision.
@@ -251,12 +315,14 @@ class LayerCatalog(TrashCatalog):
         def add(record: VdiRecord | SnapshotRecord, what: str) -> None:
             roots = of(record.family)
             settled = not isinstance(record, VdiRecord) or record.clean
-            roots.maps.append(RootMap(record.map, record.maps, what, settled))
+            touched = revisions.get(keys.layer(record.map), 0)
+            roots.maps.append(RootMap(record.map, record.maps, what, settled, touched))
             if isinstance(record, VdiRecord):
                 roots.open |= {record.layer, record.next} - {0}
                 if record.id in locked:
                     roots.held |= {record.layer, record.next, record.map} - {0}
 
+        revisions = {kv.key: kv.mod_revision for kv in found if kv.key.startswith(keys.layers)}
         locked = {
             int(number)
             for kv in found

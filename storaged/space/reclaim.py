@@ -1,8 +1,8 @@
 """Giving back the space of what nobody names any more; driven by the leader.
 
 Always holds:
-- Only frozen layers are touched, and only what no root's map names, roots and layers being read
-  at one revision of etcd (docs/snapshots.md says why that needs no lock).
+- Only layers are touched that were frozen before the first map was read, and only what no root's
+  map was seen to name (`LayerCatalog.read_maps`; docs/snapshots.md says why that needs no lock).
 - Of a map that may be changing, or whose replicas may differ, what any of them names counts.
 - A map that cannot be read stops the family's reclaim: what it names is not known.
 - Nothing is freed by an etcd that was restored from older data: it names too little.
@@ -22,7 +22,7 @@ from sheepfs.core.clustermap import NodeState
 from sheepfs.core.errors import ProtocolError, SheepError, UnreachableError
 from sheepfs.core.wire import FLAG_KEEP_MAPS, RANGE, Op
 from sheepfs.logs import Complaint
-from sheepfs.net.catalog import Catalog
+from sheepfs.net.catalog import Catalog, RootMap
 from sheepfs.net.link import Link
 from sheepfs.net.router import Router
 from storaged.control import Leading
@@ -117,11 +117,13 @@ class Reclaimer:
             SheepError: a map cannot be read, or a node does not answer. What was not removed
                 stays for the next time.
         """
-        roots = await self._catalog.roots(family)
         live = Live()
-        for root in roots.maps:
+
+        async def read(root: RootMap) -> None:
             async for number, page in self._maps.pages(root.map, root.maps, root.settled):
                 live.add_page(number, page)
+
+        roots = await self._catalog.read_maps(family, read)
         named = {root.map for root in roots.maps}
         seen = Family(set(roots.layers), roots.open, named, roots.building)
         complete = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
@@ -10,7 +11,13 @@ from trio.testing import MockClock
 
 from fakes.etcd import FakeEtcd
 from fakes.snapshot_taker import KEYS, NOW, put, remove, take_snapshot
-from sheepfs.core.errors import ProtocolError, UnreachableError, UsageError, VdiNotFoundError
+from sheepfs.core.errors import (
+    ProtocolError,
+    RetryableError,
+    UnreachableError,
+    UsageError,
+    VdiNotFoundError,
+)
 from sheepfs.core.geometry import copies_of, serial_of, tag_of
 from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import LayerRecord, LockRecord
@@ -123,7 +130,7 @@ async def test_roots_are_every_map_of_the_family_and_no_other(
 
     roots = await catalog.roots(made.family)
     assert (roots.family, roots.revision) == (made.family, fake_etcd.server.revision)
-    assert roots.maps == [
+    assert [dataclasses.replace(root, touched=0) for root in roots.maps] == [
         RootMap(kept.map, 0, f"snapshot {made.id}/kept"),
         RootMap(gone.map, 0, "vm1@gone.raw in the trash"),
         RootMap(made.map, 0b11, "VDI vm1.raw"),
@@ -288,3 +295,105 @@ async def test_change_is_given_up_while_etcd_stays_away(
     with pytest.raises(UnreachableError):
         await catalog.commit_surely(decide, is_done)
     assert trio.current_time() >= 30
+
+
+# -- reading all maps of a family ------------------------------------------------------------
+
+
+class Reading:
+    """Reads maps of a family, and lets things happen meanwhile."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+        self.meanwhile: dict[int, Callable[[], Awaitable[None]]] = {}
+        """What happens behind the reading of a map, the first time."""
+
+    async def __call__(self, root: RootMap) -> None:
+        self.read.append(root.map)
+        happens = self.meanwhile.pop(root.map, None)
+        if happens is not None:
+            await happens()
+
+
+async def test_each_map_is_read_once_while_nothing_moves(catalog: Catalog) -> None:
+    made = await catalog.create("vm1", 0)
+    await catalog.create("other", 0)
+    reading = Reading()
+    roots = await catalog.read_maps(made.family, reading)
+    assert reading.read == [made.map]
+    assert roots.layers == {made.layer}
+
+
+async def test_a_snapshot_that_came_meanwhile_is_read_and_its_layers_are_left_alone(
+    catalog: Catalog, fake_etcd: FakeEtcd
+) -> None:
+    made = await catalog.create("vm1", 0)
+    reading = Reading()
+    taken: list[int] = []
+
+    async def snapshot() -> None:
+        taken.append((await take_snapshot(catalog, fake_etcd, "vm1", "s")).map)
+
+    reading.meanwhile[made.map] = snapshot
+    roots = await catalog.read_maps(made.family, reading)
+    assert reading.read == [made.map, *taken]
+    assert roots.layers == {made.layer}
+    assert roots.open == {made.layer}
+
+
+async def test_a_map_that_is_being_made_is_waited_for(
+    catalog: Catalog, fake_etcd: FakeEtcd, autojump_clock: MockClock
+) -> None:
+    """It may name already what its VDI has dropped since."""
+    made = await catalog.create("vm1", 0)
+    lease = await fake_etcd.grant(1000)
+    (layer,) = await catalog.begin_layers(made.id, made.family, 3, 1, lease)
+    with pytest.raises(RetryableError, match="being made"):
+        await catalog.read_maps(made.family, Reading())
+    async with trio.open_nursery() as nursery:
+        done = trio.Event()
+
+        async def read() -> None:
+            await catalog.read_maps(made.family, Reading())
+            done.set()
+
+        nursery.start_soon(read)
+        await trio.sleep(2)
+        assert not done.is_set()
+        await catalog.abandon(layer)
+        with trio.fail_after(1):
+            await done.wait()
+
+
+async def test_a_map_that_took_over_from_others_meanwhile_is_read_again(
+    catalog: Catalog, fake_etcd: FakeEtcd, autojump_clock: MockClock
+) -> None:
+    made = await catalog.create("vm1", 0)
+    lease = await fake_etcd.grant(1000)
+    reading = Reading()
+
+    async def share() -> None:
+        await catalog.begin_sharing(made.map, made.id, made.family, lease)
+        await catalog.end_sharing(made.map)
+
+    reading.meanwhile[made.map] = share
+    await catalog.read_maps(made.family, reading)
+    assert reading.read == [made.map, made.map]
+
+
+async def test_a_map_is_not_read_while_it_takes_over_from_others(
+    catalog: Catalog, fake_etcd: FakeEtcd, autojump_clock: MockClock
+) -> None:
+    made = await catalog.create("vm1", 0)
+    lease = await fake_etcd.grant(3)
+    await catalog.begin_sharing(made.map, made.id, made.family, lease)
+    reading = Reading()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(catalog.read_maps, made.family, reading)
+        await trio.sleep(2)
+        assert reading.read == []
+    assert reading.read == [made.map]  # When the lease had ended.
+    with pytest.raises(LeaseGoneError):
+        await catalog.end_sharing(made.map)
+    with pytest.raises(LeaseGoneError):
+        await catalog.begin_sharing(made.map, made.id, made.family, lease)

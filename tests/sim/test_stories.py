@@ -6,6 +6,7 @@ import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
 
 from sheepfs.callbacks import completion, read_bytes
@@ -15,6 +16,7 @@ from sheepfs.volume.volume import Volume
 from sim.machine import HOST
 from sim.network import SimClock
 from sim.world import CLUSTER, World, determined
+from storaged.scrub.mapreading import MapReading
 from storaged.store import dirtylog
 
 MIB = 1 << 20
@@ -217,6 +219,44 @@ def test_a_node_whose_disk_fails_while_it_catches_up_leaves_though_no_client_ask
 
     # Another group that is whole would be flushed and reported, and that would end the node.
     tell(story, groups=1)
+
+
+def test_reclaim_takes_nothing_that_a_snapshot_took_over_while_it_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading, go_on = trio.Event(), trio.Event()
+    pages = MapReading.pages
+
+    async def slow_pages(
+        self: MapReading, layer: int, maps: int, settled: bool
+    ) -> AsyncIterator[tuple[int, bytes]]:
+        reading.set()
+        await go_on.wait()
+        async for page in pages(self, layer, maps, settled):
+            yield page
+
+    async def story(world: World, cluster: Cluster) -> None:
+        await cluster.catalog.create("v1.raw", 16 * MIB, 3)
+        vdi = (await cluster.lookup("v1.raw")).id
+        await change(cluster, "v1.raw", 0, b"a" * 4096)
+        # From here on the first object is frozen, and only the VDI's own map names it.
+        await cluster.snapshot(vdi, "old")
+        await cluster.delete("v1@old.raw")
+        await cluster.catalog.purge(expired_only=False)
+        monkeypatch.setattr(MapReading, "pages", slow_pages)
+        with trio.fail_after(60):
+            await reading.wait()
+        await cluster.snapshot(vdi, "new")
+        await change(cluster, "v1.raw", 0, b"b" * 4096)
+        go_on.set()
+        with trio.fail_after(60):
+            while await cluster.catalog.reclaim_wanted():
+                await trio.sleep(0.1)
+        for name, data in (("v1@new.raw", b"a"), ("v1.raw", b"b")):
+            async with cluster.opened((await cluster.lookup(name)).id) as volume:
+                assert await read_bytes(volume, 0, 4096) == data * 4096
+
+    tell(story)
 
 
 def is_joining(world: World) -> bool:
