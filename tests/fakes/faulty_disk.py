@@ -19,6 +19,7 @@ from sheepfs.core.wire import Buffer
 from storaged.store.disk import DiskSpace
 
 BLOCK = 4096
+UNFILLED = 1 << 40
 SECTOR = 512
 _HOLE = bytes(BLOCK)
 
@@ -75,7 +76,7 @@ class FaultyDisk:
 
     def __init__(self) -> None:
         self.faults: dict[str, int] = {}
-        self.capacity = 1 << 40
+        self.capacity = UNFILLED
         self.is_cold = False
         self.calls: list[str] = []
         self._root = _Directory()
@@ -284,6 +285,11 @@ class FaultyDisk:
         """Leave room for so much more."""
         self.capacity = self._used() + left_bytes
 
+    @property
+    def is_short(self) -> bool:
+        """Whether it was filled."""
+        return self.capacity < UNFILLED
+
     # --- how ---
 
     def _restore(self, directory: _Directory, rng: random.Random) -> None:
@@ -387,7 +393,7 @@ class FaultyDisk:
         return result
 
     def _is_full(self) -> bool:
-        return self.capacity < 1 << 40 and self._used() + BLOCK > self.capacity
+        return self.is_short and self._used() + BLOCK > self.capacity
 
     def _used(self) -> int:
         return BLOCK * sum(len(file.blocks) for file in self._files(self._root))
