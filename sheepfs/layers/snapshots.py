@@ -220,16 +220,16 @@ class Snapshots(Commits):
         Gives what is to be called once the map is stored: it raises LeaseGoneError if reclaim may
         not have waited for all of that.
         """
-        record = target.record
+        layer = target.record.map
         async with self._sharing:
             lease = (await self._lease()).lease
-            await self._catalog.begin_sharing(record.map, record.id, record.family, lease)
+            await self._catalog.begin_sharing(layer, lease)
             try:
-                yield partial(self._catalog.end_sharing, record.map)
+                yield partial(self._catalog.end_sharing, layer)
             finally:
                 with trio.move_on_after(ABANDON_S, shield=True):
                     try:
-                        await self._catalog.end_sharing(record.map)
+                        await self._catalog.end_sharing(layer)
                     except LeaseGoneError:
                         pass  # It has ended.
                     except UnreachableError as error:

@@ -123,19 +123,24 @@ class LayerCatalog(TrashCatalog):
 
         return await self._commit(decide)
 
-    async def begin_sharing(self, layer: int, vdi: int, family: int, lease: int) -> None:
+    async def begin_sharing(self, layer: int, lease: int) -> None:
         """Say that a known map is about to take over what other maps of its family name.
 
         Raises:
             LeaseGoneError: the lease has ended.
+            UsageError: there is no such map.
         """
-        record = LayerRecord(vdi, family, self._clock()).encode()
-        keys = self._keys
-        changes = [
-            Put(keys.layer(layer), record),
-            Put(keys.building_layer(layer), record, lease),
-        ]
-        await self._store.commit(Transaction([], changes))
+        key = self._keys.layer(layer)
+
+        async def decide(change: Change) -> None:
+            found = await self._store.get(key)
+            if found is None:
+                raise UsageError(f"there is no layer {layer:#x}")
+            change.unchanged(key, found)
+            building = Put(self._keys.building_layer(layer), found.value, lease)
+            change.changes += [Put(key, found.value), building]
+
+        await self._commit(decide)
 
     async def end_sharing(self, layer: int) -> None:
         """Say that the map is stored as it is now.

@@ -373,7 +373,7 @@ async def test_a_map_that_took_over_from_others_meanwhile_is_read_again(
     reading = Reading()
 
     async def share() -> None:
-        await catalog.begin_sharing(made.map, made.id, made.family, lease)
+        await catalog.begin_sharing(made.map, lease)
         await catalog.end_sharing(made.map)
 
     reading.meanwhile[made.map] = share
@@ -386,7 +386,7 @@ async def test_a_map_is_not_read_while_it_takes_over_from_others(
 ) -> None:
     made = await catalog.create("vm1", 0)
     lease = await fake_etcd.grant(3)
-    await catalog.begin_sharing(made.map, made.id, made.family, lease)
+    await catalog.begin_sharing(made.map, lease)
     reading = Reading()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(catalog.read_maps, made.family, reading)
@@ -396,4 +396,4 @@ async def test_a_map_is_not_read_while_it_takes_over_from_others(
     with pytest.raises(LeaseGoneError):
         await catalog.end_sharing(made.map)
     with pytest.raises(LeaseGoneError):
-        await catalog.begin_sharing(made.map, made.id, made.family, lease)
+        await catalog.begin_sharing(made.map, lease)
