@@ -129,7 +129,8 @@ async def attach(
                 await fence(record.id, held.token)
                 if record.next:
                     await _go_on_with_next(held)
-                return held
+                if await _is_locked(held) and not lease.lost.is_set():
+                    return held
         except LeaseGoneError:
             raise
         except BaseException:
@@ -139,6 +140,15 @@ async def attach(
                 await _give_back(held)
             raise
         await backoff.wait()
+
+
+async def _is_locked(held: Attachment) -> bool:
+    """Tell whether the lock is still there: who fenced for long may have lost it meanwhile.
+
+    Of a VDI without any data the nodes are asked for nothing: nobody else would tell.
+    """
+    ours = await _read_ours(held)
+    return ours is not None and ours[3] is not None
 
 
 async def _go_on_with_next(held: Attachment) -> None:

@@ -408,6 +408,26 @@ async def test_fence_that_fails_gives_the_lock_back(world: World) -> None:
     assert held.generation == 2
 
 
+@pytest.mark.parametrize("stays", [True, False])
+async def test_a_vdi_that_was_taken_over_while_it_was_fenced_is_not_attached(
+    world: World, stays: bool
+) -> None:
+    """As by a mount that hangs for longer than its lease, and does not know it yet."""
+
+    async def slow_fence(vdi: int, token: int) -> None:
+        await world.one.etcd.revoke(world.one.lease.lease)
+        held = await world.other.attach()
+        if not stays:
+            await detach(held, keep)
+
+    one = world.one
+    with pytest.raises(HeldElsewhereError if stays else LeaseGoneError):
+        await attach(one.etcd, KEYS, "vm", one.owner, one.lease, slow_fence)
+    lock = await world.lock()
+    assert (lock is not None and lock.owner == world.other.owner) == stays
+    assert (await world.record()).clean != stays
+
+
 async def test_attach_cancelled_while_it_fences_gives_the_lock_back(
     world: World, autojump_clock: MockClock
 ) -> None:
