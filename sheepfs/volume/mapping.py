@@ -100,6 +100,7 @@ class MapOwner(MapWriter):
         while True:
             await replicator.unflushed.wait_lost()
             if replicator.fenced:
+                self.release_changes()
                 return
             try:
                 async with self._capturing, flusher.paused():

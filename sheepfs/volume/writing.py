@@ -209,7 +209,7 @@ class MapWriter(MapReader):
 
     def _go_on_writing(self, index: int, within: int, data: Buffer, done: Completed) -> None:
         """Write what passed the gate and waited since then; a map that is being mended first."""
-        if self._mending is None:
+        if self._mending is None or self._unusable():
             self._write_piece(index, within, data, done)
         else:
             self._held.append(lambda: self._write_piece(index, within, data, done))
@@ -384,7 +384,9 @@ class MapWriter(MapReader):
 
     def release_changes(self) -> None:
         """Carry out what was held, and go on."""
-        self._direct = self.attachment is not None and self._mending is None
+        # Once another mount took over nothing is mended any more: what was held fails then.
+        is_mended = self._mending is None or self._unusable()
+        self._direct = self.attachment is not None and is_mended
         if not self._direct and self.attachment is not None:
             return  # Until what was lost is mended.
         held, self._held = self._held, []

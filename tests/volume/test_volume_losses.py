@@ -13,7 +13,7 @@ from fakes.static_cluster import PG_COUNT, StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
-from sheepfs.core.errors import SheepError
+from sheepfs.core.errors import FencedError, SheepError
 from sheepfs.core.geometry import (
     MAP_ENTRIES_PER_OBJECT,
     OBJECT_SIZE,
@@ -401,6 +401,29 @@ async def test_a_snapshot_that_meets_the_loss_does_not_hide_it_from_the_next_flu
         with pytest.raises(SheepError):
             await here.snapshot()
         await has_mended(here)
+
+
+async def test_what_waits_until_a_loss_is_mended_fails_when_another_mount_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with static_cluster(tmp_path) as (cluster, _):
+        here = await mount_of(cluster, StaticRecord())
+        await here.write(0, A)
+        failed: list[int] = []
+
+        async def taken_over(*_: object) -> int:
+            # These come before it is known, and wait.
+            here.volume.write(0, B, failed.append)
+            here.volume.write(OBJECT_SIZE, B, failed.append)
+            here.volume.fence("another mount took it over")
+            raise FencedError("another mount took it over")
+
+        monkeypatch.setattr("sheepfs.volume.mapping.mend_map", taken_over)
+        await lose_power(cluster, here)
+        await wait_until(lambda: len(failed) == 2)
+        with pytest.raises(OperationError, match="EIO"):
+            await here.write(OBJECT_SIZE, C)
+        assert failed == [errno.EIO] * 2
 
 
 async def test_growing_a_vdi_names_no_map_object_that_is_not_durable(tmp_path: Path) -> None:
