@@ -60,6 +60,8 @@ class Commits:
         self._catalog = catalog
         self._router = router
         self._lease = lease
+        self._sharing = trio.Lock()
+        """One VDI at a time takes over what others name: a map has one key to say so."""
 
     async def _capture(
         self, volume: Volume, publish: Commit, *, copy_map: bool = True, copies: int = 0

@@ -20,15 +20,13 @@ import trio
 
 from sheepfs.core.errors import SnapshotExistsError, UnreachableError
 from sheepfs.core.geometry import copies_of
-from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Unchanged
 from sheepfs.core.metadata import SnapshotRecord, VdiRecord
 from sheepfs.core.names import check_tag, check_vdi_name
 from sheepfs.layers.commits import ABANDON_S, Changes, Commits, attachment_of
-from sheepfs.net.catalog import Catalog, Change
+from sheepfs.net.catalog import Change
 from sheepfs.net.groups import plain_errors
-from sheepfs.net.router import Router
-from sheepfs.net.store import LeaseGoneError, LeaseKeeper, Store
+from sheepfs.net.store import LeaseGoneError
 from sheepfs.replication.replicator import Replicator
 from sheepfs.volume.capture import Captured, copy_maps
 from sheepfs.volume.volume import Volume
@@ -37,19 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class Snapshots(Commits):
-    """What one mount does to make VDIs of VDIs; the arguments are those of `Commits`."""
-
-    def __init__(
-        self,
-        store: Store,
-        keys: Keys,
-        catalog: Catalog,
-        router: Router,
-        lease: Callable[[], Awaitable[LeaseKeeper]],
-    ) -> None:
-        super().__init__(store, keys, catalog, router, lease)
-        self._sharing = trio.Lock()
-        """One VDI at a time takes over what others name: a map has one key to say so."""
+    """What one mount does to make VDIs of VDIs."""
 
     # -- of a VDI that is held ----------------------------------------------------------------
 
