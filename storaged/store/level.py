@@ -69,6 +69,19 @@ class PatchJob:
             self.error = error
 
 
+def _growth(entry: StoredObject, patch: Patch) -> int:
+    """Give the bytes that an object takes more when it is patched, at most.
+
+    None where a change is taken back that another member had no room for: on a full disk, too,
+    that must not wait.
+    """
+    held = entry.blocks
+    if entry.file is not None and entry.file.overlay is not None:
+        sources = enumerate(entry.file.overlay.sources)
+        held += sum(1 for i, source in sources if source and i not in patch.differs)
+    return min(patch.size, max(0, patch.blocks - held) * BLOCK_SIZE)
+
+
 class Leveller(OnParts):
     """Compares and patches objects; the caller lets nobody write to them meanwhile."""
 
@@ -168,12 +181,14 @@ class Leveller(OnParts):
 
         Raises:
             RetryableError: the object is not marked (any more); nothing changed.
-            NoSpaceError: only the reserve is left; nothing changed.
+            NoSpaceError: only the reserve is left, and it would take more; nothing changed.
             DiskError: the disk failed; the store is out of use.
         """
         self._health.check()
         entry = self._catalog.objects.get(oid)
-        self._space.check(patch.size + META_SIZE)
+        need = patch.size + META_SIZE if entry is None else _growth(entry, patch)
+        if need:
+            self._space.check(need)
         # First of all: an object that is not marked is refused untouched, and only an unclean
         # one's file stays open while a thread makes room for another.
         is_new = entry is None
@@ -201,8 +216,7 @@ class Leveller(OnParts):
             if job.error is not None:
                 raise job.error
             self._tell_own(file, patch)
-            sums = _ALL.unpack(patch.table)
-            own = BLOCKS_PER_OBJECT - sums.count(0)
+            own = patch.blocks
             if file.overlay is not None:
                 own -= BLOCKS_PER_OBJECT - file.overlay.sources.count(0)
             file.table[:] = patch.table

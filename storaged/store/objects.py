@@ -249,7 +249,7 @@ class ObjectStore(DataDirectory):
 
         Raises:
             RetryableError: the object is not marked (any more); nothing changed.
-            NoSpaceError: only the reserve is left; nothing changed.
+            NoSpaceError: only the reserve is left, and it would take more; nothing changed.
             DiskError: the disk failed; the store is out of use.
         """
         return self._leveller.begin_patch(oid, patch, pool, pg)

@@ -66,6 +66,11 @@ class Patch(NamedTuple):
     damaged: bool
 
     @property
+    def blocks(self) -> int:
+        """How many blocks of the copy will be no zeros."""
+        return BLOCKS_PER_OBJECT - _ALL.unpack(self.table).count(0)
+
+    @property
     def size(self) -> int:
         """Bytes to write."""
         return sum(len(data) for _, _, data in self.steps if data is not None)

@@ -175,8 +175,12 @@ def test_a_guest_on_full_disks_stops_and_goes_on_when_there_is_room(
     machine = guest.boot(disk, f"write files={files}", console, *options)
     try:
         # QEMU's default (werror=enospc): the machine stands still, and its guest sees no error.
-        wait_for(lambda: is_out_of_room(monitor), 300, "the guest to fill the disks")
-        assert not machine.poll(), console.read_text()
+        wait_for(
+            lambda: machine.poll() is not None or is_out_of_room(monitor),
+            300,
+            "the guest to fill the disks",
+        )
+        assert machine.poll() is None, console.read_text()[-3000:]
         mounted.cluster.sheepctl("vdi", "delete", "spare", "--now")
 
         def is_done() -> bool:

@@ -111,7 +111,7 @@ class ScrubWatch(logging.Handler):
         if "it cannot be read" in record.getMessage() and world.failed_reads[name] > 1:
             return  # The same object was met twice; it is tried again.
         if record.levelno < logging.ERROR and any(node.disk.is_short for node in world.nodes):
-            return  # On a full disk a copy stays behind as long as its holder tries to level it.
+            return  # What must grow to be levelled stays behind as long as the disk is full.
         known = {world.spoiled.name, *world.salvaged} if world.spoiled else world.salvaged
         is_lost = record.levelno >= logging.ERROR
         if name not in known or (is_lost and not world.salvaged):

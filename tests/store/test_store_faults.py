@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from store_helpers import flush, get, level, open_store, put
+from store_helpers import copy, flush, get, level, open_store, put
 
 from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.errors import (
@@ -23,6 +23,7 @@ from storaged.store.objects import ObjectStore
 
 A = data_object(7, 0)
 B = data_object(8, 1)
+C = data_object(9, 1)
 _DATA = random.Random(5).randbytes(1 << 20)
 _MANY = [data_object(9, i) for i in range(40)]
 
@@ -74,6 +75,32 @@ def test_the_reserve_is_kept_and_discard_and_delete_still_work(disk: FaultyDisk)
     store.delete(A)
     put(store, B, 0, _DATA)
     flush(store)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_on_a_full_disk_a_copy_goes_back_to_what_it_was_but_does_not_grow(
+    disk: FaultyDisk, shared: bool
+) -> None:
+    disk.capacity = 4 << 20
+    store = open_store(disk, reserve_bytes=1 << 20)
+    base = data_object(1, 0)
+    put(store, base, 0, _DATA, create=True)
+    for oid in (B, C):
+        if shared:
+            copy(store, base, oid)
+        else:
+            put(store, oid, create=True)
+        put(store, oid, 0, _DATA[:65_536])
+    put(store, A, create=True)
+    version = put(store, C, 4096, b"taken by this member, and not by another")
+    put(store, C, 1 << 20, b"in a block of its own")
+    _fill(store)
+    with pytest.raises(NoSpaceError):
+        level(store, A, data_object(1, 1), version)
+    level(store, B, C, version)
+    assert get(store, C) == get(store, B)
+    with pytest.raises(NoSpaceError):
+        level(store, A, C, version + 1)
 
 
 def test_the_default_reserve_is_five_percent(disk: FaultyDisk) -> None:

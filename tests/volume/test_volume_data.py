@@ -332,6 +332,21 @@ async def test_a_write_without_space_leaves_all_replicas_as_they_were(tmp_path: 
         assert here.etcd.record.clean
 
 
+async def test_a_write_is_taken_back_where_it_took_the_last_room(tmp_path: Path) -> None:
+    async with mounted(tmp_path, OBJECT_SIZE) as (cluster, here, _):
+        await here.write(0, A)
+        await here.flush()
+        for node in (1, 2):
+            fill(cluster, node)
+            cluster.nodes[node].store._space._budget = 3 * BLOCK // 2
+        fill(cluster, 3)
+        with pytest.raises(OperationError, match="ENOSPC"):
+            await here.write(BLOCK - 100, B)
+        assert await here.read(0, 2 * BLOCK) == A + bytes(BLOCK)
+        await here.write(0, B)
+        assert copies(cluster, data_object(LAYER, 0)) == [B] * 3
+
+
 async def test_a_full_disk_still_frees_objects(tmp_path: Path) -> None:
     async with mounted(tmp_path, OBJECT_SIZE) as (cluster, here, _):
         await here.write(0, A)
