@@ -255,17 +255,19 @@ class Replicator:
     def _no_space(self, change: Change) -> None:
         """A member has no room: the change fails, and the others must not keep it either."""
         state = change.state
-        if change.flags & _MAKES:
+        is_made = not state.changes[0].flags & _MAKES
+        if is_made:
+            state.oldest = True
+            failed = [change]
+        else:
             # The map never named the object; the next creation voids what some members made.
+            # Its other members may not have room for any of it: there is no older copy for them.
             self.objects.pop(state.oid, None)
             failed = [*state.changes, *state.queue]
             state.queue = []
-        else:
-            state.oldest = True
-            failed = [change]
         for victim in failed:
             self.sender.take_back(victim)
-        if not change.flags & _MAKES:
+        if is_made:
             self._reopen(state)
         for victim in failed:
             victim.done(errno.ENOSPC)

@@ -15,8 +15,9 @@ from fakes.static_cluster import StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
-from sheepfs.core.errors import HeldElsewhereError, NoSpaceError, SheepError
+from sheepfs.core.errors import HeldElsewhereError, NoSpaceError, SheepError, Status
 from sheepfs.core.geometry import OBJECT_SIZE, data_object, map_object
+from sheepfs.core.wire import Header
 from sheepfs.replication import sending
 from sheepfs.volume import flusher, recording
 
@@ -345,6 +346,32 @@ async def test_a_write_is_taken_back_where_it_took_the_last_room(tmp_path: Path)
         assert await here.read(0, 2 * BLOCK) == A + bytes(BLOCK)
         await here.write(0, B)
         assert copies(cluster, data_object(LAYER, 0)) == [B] * 3
+
+
+async def test_an_object_that_not_all_members_have_room_for_is_not_made_on_any(
+    tmp_path: Path,
+) -> None:
+    async with mounted(tmp_path, OBJECT_SIZE) as (cluster, here, _):
+        await here.volume.attach()
+        await here.read(0, 1)
+        fill(cluster, 3)
+        codes: list[int] = []
+        for i in range(3):
+            here.volume.write(i * BLOCK, A, codes.append)
+        replicator = here.volume.replicator
+        assert replicator is not None
+        second = replicator.objects[data_object(LAYER, 0)].changes[1]
+        # One that had room for the first was faster than the one that had none at all.
+        link = here.router.link(1)
+        assert link is not None
+        refusal = {"status": Status.NO_SPACE, "request": second.request}
+        replicator.refused(
+            second, link, Header(**{**dict.fromkeys(Header._fields, 0), **refusal}), None
+        )
+        await wait_until(lambda: codes == [errno.ENOSPC] * 3)
+        assert await here.read(0, 3 * BLOCK) == bytes(3 * BLOCK)
+        await here.flush()
+        await wait_until(lambda: copies(cluster, data_object(LAYER, 0)) == [None] * 3)
 
 
 async def test_a_full_disk_still_frees_objects(tmp_path: Path) -> None:
