@@ -78,10 +78,6 @@ class Keys:
         """Key that keeps the name of a deleted VDI for its snapshots."""
         return self.retired + name
 
-    def requests_to(self, vdi: int) -> str:
-        """Prefix of what others ask of a VDI's holder."""
-        return f"{self.requests}{vdi}/"
-
     def request(self, vdi: int, number: str) -> str:
         """Leased key of one request to a VDI's holder."""
         return f"{self.requests}{vdi}/{number}"

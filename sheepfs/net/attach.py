@@ -261,49 +261,6 @@ async def _reclaim_once(attachment: Attachment, lease: LeaseKeeper) -> bool:
     return True
 
 
-async def force_unlock(store: Store, keys: Keys, which: str | int, fence: Fence) -> str | None:
-    """Take a VDI away from its holder, who is refused by every storage node from then on.
-
-    The VDI is not attached afterwards; the next holder finds it unclean.
-
-    Returns:
-        Who held it; None when nobody did. The fence is told in any case, so that the call can
-        be repeated after a fence that failed.
-
-    Raises:
-        VdiNotFoundError: there is no such VDI.
-        UnreachableError: etcd does not answer.
-        SheepError: what `fence` raised; the old holder may still write where it did not arrive.
-    """
-    catalog = Catalog(store, keys)
-    backoff = Backoff()
-    while True:
-        name, record, revision = await catalog.find(which)
-        lock = await store.get(keys.lock(record.id))
-        floor = await read_floor(store, keys)
-        generation = floor.generation_after(record.generation)
-        taken = dataclasses.replace(record, generation=generation)
-        conditions = [
-            Unchanged(keys.vdi(name), revision),
-            Unchanged(keys.lock(record.id), 0 if lock is None else lock.mod_revision),
-            floor.unchanged,
-        ]
-        changes: list[Put | Delete] = [Put(keys.vdi(name), taken.encode())]
-        if lock is not None:
-            changes.append(Delete(lock.key))
-        revision_now = await store.commit(Transaction(conditions, changes))
-        if revision_now is not None:
-            break
-        await backoff.wait()
-    await fence(record.id, floor.token(revision_now))
-    if lock is None:
-        return None
-    try:
-        return LockRecord.decode(lock.value).owner
-    except ProtocolError:
-        return "another version of sheepfs"
-
-
 async def nothing_more() -> tuple[list[Unchanged], list[Put | Delete]]:
     """Give no further conditions and changes."""
     return [], []

@@ -97,10 +97,6 @@ class Connection:
         """Queue the reply "OK" to request number `request` of operation `op`."""
         self.send_frame(encode_reply(self.session, op, request, payload), payload)
 
-    def send_json(self, op: int, request: int, content: Any, **fields: int) -> None:
-        """Queue a frame whose payload is JSON."""
-        self.send(op, request, json.dumps(content, separators=(",", ":")).encode(), **fields)
-
     def hold(self, size_bytes: int) -> None:
         """Count memory held for the peer besides queued frames; negative when it is let go."""
         self.queued_bytes += size_bytes

@@ -24,12 +24,12 @@ from sheepfs.net.attach import (
     Attachment,
     attach,
     detach,
-    force_unlock,
     reclaim_after_lease_loss,
     save,
 )
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.etcd import Etcd, LeaseGoneError, LeaseKeeper, Store
+from sheepfs.net.unlock import force_unlock
 
 KEYS = Keys("test")
 TTL_S = 10
@@ -483,7 +483,7 @@ async def test_detach_whose_answer_got_lost_can_be_repeated(
 
 async def test_force_unlock_fences_the_holder_everywhere(world: World) -> None:
     held = await world.one.attach()
-    owner = await force_unlock(world.other.etcd, KEYS, "vm", world.nodes.fence)
+    owner = await force_unlock(world.other.etcd, KEYS, world.vdi, world.nodes.fence)
     assert owner == "one:1:/mnt"
     assert not world.nodes.takes(held)
     assert await world.lock() is None
@@ -491,21 +491,74 @@ async def test_force_unlock_fences_the_holder_everywhere(world: World) -> None:
         await save(held, grow)
     new = await world.other.attach()
     assert not new.was_clean
-    assert new.token > held.token
+    assert world.nodes.takes(new)
 
 
 async def test_force_unlock_of_a_free_vdi_leaves_it_clean(world: World) -> None:
-    assert await force_unlock(world.other.etcd, KEYS, "vm", world.nodes.fence) is None
+    assert await force_unlock(world.other.etcd, KEYS, world.vdi, world.nodes.fence) is None
     assert (await world.one.attach()).was_clean
 
 
-async def test_force_unlock_stops_a_reclaim(world: World, autojump_clock: MockClock) -> None:
+async def test_who_lost_a_vdi_to_force_does_not_take_its_lock_back(
+    world: World, autojump_clock: MockClock
+) -> None:
     held = await world.one.attach()
+    await force_unlock(world.other.etcd, KEYS, world.vdi, world.nodes.fence)
     await world.cut_off_until_lease_is_gone(world.one)
-    await force_unlock(world.other.etcd, KEYS, "vm", world.nodes.fence)
     await world.one.new_lease()
     await reclaim_after_lease_loss(held, world.one.lease)
     assert held.lost.is_set()
+    assert await world.lock() is None
+
+
+async def test_who_lost_a_vdi_while_its_lease_ended_does_not_take_its_lock_back(
+    world: World, autojump_clock: MockClock
+) -> None:
+    held = await world.one.attach()
+
+    async def fence(vdi: int, token: int) -> None:
+        await world.nodes.fence(vdi, token)
+        await world.cut_off_until_lease_is_gone(world.one)
+
+    await force_unlock(world.other.etcd, KEYS, world.vdi, fence)
+    await world.one.new_lease()
+    await reclaim_after_lease_loss(held, world.one.lease)
+    assert held.lost.is_set()
+
+
+async def test_a_lock_stays_when_not_every_node_refuses_its_holder(world: World) -> None:
+    held = await world.one.attach()
+    world.nodes.failure = UnreachableError("node 3 does not answer")
+    with pytest.raises(UnreachableError):
+        await force_unlock(world.other.etcd, KEYS, world.vdi, world.nodes.fence)
+    assert await world.lock() is not None
+    await save(held, grow)
+
+
+async def test_force_unlock_leaves_the_lock_of_who_came_meanwhile(world: World) -> None:
+    held = await world.one.attach()
+
+    async def fence(vdi: int, token: int) -> None:
+        await world.nodes.fence(vdi, token)
+        await detach(held, keep)
+        await world.other.attach()
+
+    with pytest.raises(HeldElsewhereError, match="other:1:/mnt"):
+        await force_unlock(world.other.etcd, KEYS, world.vdi, fence)
+    lock = await world.lock()
+    assert lock is not None
+    assert lock.owner == "other:1:/mnt"
+
+
+async def test_force_unlock_of_who_lets_go_meanwhile_is_done(world: World) -> None:
+    held = await world.one.attach()
+
+    async def fence(vdi: int, token: int) -> None:
+        await world.nodes.fence(vdi, token)
+        await detach(held, keep)
+
+    assert await force_unlock(world.other.etcd, KEYS, world.vdi, fence) == "one:1:/mnt"
+    assert (await world.other.attach()).was_clean
 
 
 async def test_attach_and_take_over_on_a_real_etcd(etcd_process: EtcdProcess) -> None:

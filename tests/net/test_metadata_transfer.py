@@ -16,7 +16,7 @@ from sheepfs.core.keys import Keys
 from sheepfs.core.kv import Put, Transaction
 from sheepfs.core.metadata import ClusterConfig
 from sheepfs.core.metadata_export import Export, imported
-from sheepfs.net.attach import attach, detach, force_unlock, reclaim_after_lease_loss, save
+from sheepfs.net.attach import attach, detach, reclaim_after_lease_loss, save
 from sheepfs.net.catalog import Catalog
 from sheepfs.net.metadata_transfer import (
     Imported,
@@ -26,6 +26,7 @@ from sheepfs.net.metadata_transfer import (
     propose_acceptance,
 )
 from sheepfs.net.store import LeaseKeeper
+from sheepfs.net.unlock import force_unlock
 from storaged.membership.membership import ensure_config, register
 
 KEYS = Keys("test")
@@ -104,12 +105,15 @@ async def test_tokens_and_generations_go_on_above_those_of_the_lost_etcd(
     new = FakeEtcd()
     await into(new, export)
     assert await hold(new, vdi, fences) > max(generations)
-    seen = fences.tokens[vdi]
-    await force_unlock(new, KEYS, vdi, fences)
-    assert fences.tokens[vdi] > seen
+    async with trio.open_nursery() as nursery:
+        keeper = LeaseKeeper(new)
+        await nursery.start(keeper.run)
+        held = await attach(new, KEYS, vdi, "host:1:/mnt", keeper, fences)
+        await force_unlock(new, KEYS, vdi, fences)
+        assert fences.tokens[vdi] > held.token
+        nursery.cancel_scope.cancel()
     newer = FakeEtcd()
     await into(newer, await export_metadata(new, KEYS, 1e9))
-    await force_unlock(newer, KEYS, vdi, fences)
     await hold(newer, vdi, fences)
 
 

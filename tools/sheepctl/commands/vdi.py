@@ -282,9 +282,7 @@ async def vdi_unlock(arguments: argparse.Namespace) -> int:
                 f"{name} is in use by {holder.owner}: its writes fail from then on; say --force"
                 " if it is dead or should lose the VDI"
             )
-        if holder is not None:
-            await unlock(session, record.id)
-    owner = holder.owner if holder else None
+        owner = await unlock(session, record.id) if holder is not None else None
     if arguments.json:
         print_json({"name": name, "taken_from": owner})
     elif owner:
