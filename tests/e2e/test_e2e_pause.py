@@ -58,8 +58,9 @@ def test_a_daemon_that_is_stopped_and_goes_on_is_noticed_by_no_client(
     mounted.assert_replicas_agree(f"by-{role}")
 
 
-def test_a_mount_that_slept_through_its_lease_gets_errors_and_reads_nothing_stale(
-    mounted: Mounted, tmp_path: Path, paused_s: float
+@pytest.mark.parametrize("by_force", [False, True], ids=["lease", "force"])
+def test_a_mount_that_slept_while_it_lost_a_vdi_gets_errors_and_reads_nothing_stale(
+    mounted: Mounted, tmp_path: Path, paused_s: float, by_force: bool
 ) -> None:
     cluster = mounted.cluster
     second = mounted.path.with_name("mnt2")
@@ -69,10 +70,16 @@ def test_a_mount_that_slept_through_its_lease_gets_errors_and_reads_nothing_stal
     until_fsyncs(sleeper, 20)
     with paused(cluster.mounts[mounted.path]):
         end = time.monotonic() + paused_s
+        if by_force:
+            refused = cluster.sheepctl("vdi", "unlock", "taken", check=False)
+            assert refused.returncode == 2
+            assert "say --force" in refused.stderr
+            taken = cluster.sheepctl("vdi", "unlock", "taken", "--force", "--json").stdout
+            assert json.loads(taken)["taken_from"].endswith(str(mounted.path))
         wait_for(lambda: not is_held(mounted, "taken"), 60, "the lock to end")
         taker = Writer(second / "taken.raw", tmp_path / "taker", 2, 1 << 32)
         until_fsyncs(taker, 20)
-        wait_for(lambda: time.monotonic() > end, paused_s + 1, "the end of the pause")
+        wait_for(lambda: by_force or time.monotonic() > end, paused_s + 1, "the end of the pause")
     wait_for(sleeper.errors, WRITE_S, "the mount that slept to refuse its writer")
     assert sleeper.errors() == [errno.EIO]
     written, _ = sleeper.end()
