@@ -3,13 +3,13 @@
 Always holds:
 - An object that was flushed, and not marked in the dirty log since, is on stable storage as
   its table says. One that was marked when the store stopped uncleanly is a *suspect*: it
-  serves nothing until `patch`, `launder`, `clear_suspect` or a write with `create`.
+  serves nothing until a patch, `launder` or a write with `create`.
 - Every byte given out was checked against its checksum (I11).
 - After one failed write or sync every call raises DiskError (I5).
 
 Threads: the event loop's thread calls everything; the methods that say "Blocks" are meant for
 worker threads and may run beside the loop. Nobody writes, punches or deletes an object while
-an `unshare`, `launder` or `clear_suspect` of it runs.
+an `unshare` or `launder` of it runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from storaged.store import startup
 from storaged.store.checker import Checked
 from storaged.store.directory import DataDirectory
 from storaged.store.disk import disk_error
-from storaged.store.entry import CORRUPT, OK, SUSPECT, ObjectInfo, StoredObject
+from storaged.store.entry import OK, SUSPECT, ObjectInfo, StoredObject
 from storaged.store.flush import FlushJob
 from storaged.store.format import Sources
 from storaged.store.level import PatchJob
@@ -147,7 +147,7 @@ class ObjectStore(DataDirectory):
         """Give a marked object its own copy of all it inherits from `base`, durably. Blocks.
 
         Nobody else changes the object meanwhile. Afterwards `base` may go or change without it.
-        `delete`, `quarantine`, `write`, `punch` and `patch` of `base` do the same for all that
+        `delete`, `quarantine`, `write`, `punch` and a patch of `base` do the same for all that
         have not been unshared, and block for it.
 
         Raises:
@@ -171,7 +171,7 @@ class ObjectStore(DataDirectory):
     def inherit(self, oid: int, copy: Copy, *, pool: int, pg: int) -> None:
         """Make an absent, marked object of what `compose` found.
 
-        It is a suspect of version 0 then: `digests` and `patch` make it equal to the peer's.
+        It is a suspect of version 0 then: `digests` and a patch make it equal to the peer's.
 
         Raises:
             UsageError: the object is there.
@@ -233,19 +233,11 @@ class ObjectStore(DataDirectory):
         """
         return self._leveller.difference(oid, digests, first, end, salvage=salvage)
 
-    def patch(self, oid: int, patch: Patch, *, pool: int, pg: int) -> None:
-        """Make a marked object (made if absent) equal to a source's. Blocks; durable when flushed.
-
-        Raises: as `begin_patch` and `end_patch`.
-        """
-        job = self.begin_patch(oid, patch, pool=pool, pg=pg)
-        job.run()
-        self.end_patch(job)
-
     def begin_patch(self, oid: int, patch: Patch, *, pool: int, pg: int) -> PatchJob:
-        """Start what `patch` does. Run the job in a thread, then `end_patch`, or `leave_patch`.
+        """Start to make a marked object, new if absent, equal to a source's.
 
-        Nobody else changes the object meanwhile.
+        Run the job in a thread, then `end_patch`, or `leave_patch`. Nobody else changes the object
+        meanwhile. Durable when flushed.
 
         Raises:
             RetryableError: the object is not marked (any more); nothing changed.
@@ -332,18 +324,6 @@ class ObjectStore(DataDirectory):
         blocks and its header does not say any more from where.
         """
         self._leveller.launder(oid, lineage)
-
-    def clear_suspect(self, oid: int) -> None:
-        """Trust a suspect again: peers agree with it. Its blocks are still checked when read.
-
-        Raises:
-            ObjectNotFoundError: there is no such object.
-            CorruptError: its header or table is damaged.
-        """
-        entry = self._catalog.objects.get(oid)
-        if entry is None or entry.state == CORRUPT or self._health.failed is not None:
-            raise self._catalog.refusal(oid)
-        entry.state = OK
 
     def list(self, pool: int, pg: int, pg_count: int = 0) -> list[ObjectInfo]:
         """Give all objects of a placement group.

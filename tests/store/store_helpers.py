@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from storaged.store.disk import Disk
+from storaged.store.entry import OK, SUSPECT
 from storaged.store.objects import ObjectStore
 from storaged.store.patch import Patch, PatchBuilder
 
@@ -58,5 +59,20 @@ def level(store: ObjectStore, source: int, target: int, version: int, pg: int = 
     builder.add(found.encode())
     patch = builder.patch(version, found.lineage)
     store.mark([target])
-    store.patch(target, patch, pool=3, pg=pg)
+    apply(store, target, patch, pg=pg)
     return patch
+
+
+def apply(store: ObjectStore, oid: int, patch: Patch, *, pg: int = 0) -> None:
+    """Patch an object as pulling does."""
+    job = store.begin_patch(oid, patch, pool=3, pg=pg)
+    job.run()
+    store.end_patch(job)
+
+
+def trust(store: ObjectStore, oid: int) -> None:
+    """Look into a suspect as it is; its blocks are still checked when read."""
+    entry = store.get(oid)
+    assert entry is not None
+    assert entry.state == SUSPECT
+    entry.state = OK

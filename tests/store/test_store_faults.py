@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from store_helpers import copy, flush, get, level, open_store, put
+from store_helpers import copy, flush, get, level, open_store, put, trust
 
 from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.errors import (
@@ -202,7 +202,6 @@ def _every_call(store: ObjectStore) -> list[Callable[[], object]]:
         lambda: store.verify(A),
         lambda: store.quarantine(A),
         lambda: store.launder(A, 1),
-        lambda: store.clear_suspect(A),
         lambda: store.list(3, 0),
         lambda: store.begin_flush(None),
         lambda: store.trim_marks(),
@@ -257,14 +256,14 @@ def test_what_a_failed_flush_left_in_memory_only_is_not_taken_for_stored(disk: F
     assert entry is not None
     assert entry.state == SUSPECT
     assert entry.version < version
-    store.clear_suspect(A)
+    trust(store, A)
     assert get(store, A, 0, 12_288) == b"old" * 4096
     # What a sync succeeds with now is on the disk.
     put(store, B, 0, b"new" * 4096)
     flush(store)
     disk.power_cut(random.Random(1))
     store = open_store(disk)
-    store.clear_suspect(B)
+    trust(store, B)
     assert get(store, B, 0, 12_288) == b"new" * 4096
 
 
@@ -325,7 +324,7 @@ def test_a_flush_covers_what_another_has_begun_and_not_ended(disk: FaultyDisk) -
     store.end_flush(second)
     disk.power_cut(random.Random(1))
     store = open_store(disk)
-    store.clear_suspect(A)
+    trust(store, A)
     assert get(store, A, 0, 1) == b"x"
 
 
@@ -368,7 +367,7 @@ def test_a_small_flush_syncs_files_and_a_large_one_the_file_system(disk: FaultyD
     disk.power_cut(random.Random(2))
     store = open_store(disk)
     for oid in _MANY:
-        store.clear_suspect(oid)
+        trust(store, oid)
         assert get(store, oid, 0, 2) == b"y\0"
 
 
@@ -388,7 +387,7 @@ def test_more_objects_than_may_be_open_are_written_and_kept(disk: FaultyDisk) ->
     disk.power_cut(random.Random(3))
     store = open_store(disk, max_open=4)
     for i, oid in enumerate(_MANY):
-        store.clear_suspect(oid)
+        trust(store, oid)
         assert get(store, oid, i, 1) == b"2"
 
 

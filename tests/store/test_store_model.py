@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from store_helpers import flush, get, level, open_store
+from store_helpers import flush, get, level, open_store, trust
 
 from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.errors import CorruptError, NoSpaceError, ObjectNotFoundError
@@ -309,7 +309,7 @@ class StoreMachine(RuleBasedStateMachine):
                 )
                 continue
             if not model.changed and not model.deleted and model.durable is not None:
-                self.store.clear_suspect(oid)  # Marked, but flushed: all of it must be there.
+                trust(self.store, oid)  # Marked, but flushed: all of it must be there.
                 assert get(self.store, oid, 0, _SIZE) == model.durable[0]
             lenient = model.made or model.deleted or model.durable is None
             try:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from store_helpers import copy, flush, get, level, open_store, put
+from store_helpers import copy, flush, get, level, open_store, put, trust
 
 from fakes.faulty_disk import FaultyDisk
 from sheepfs.core.errors import CorruptError, ObjectNotFoundError, RetryableError
@@ -116,7 +116,7 @@ def test_a_flush_of_a_copy_covers_what_it_inherits(seed: int) -> None:
     flush(store, _LAYERS[1])
     disk.power_cut(random.Random(seed))
     store = open_store(disk)
-    store.clear_suspect(B)
+    trust(store, B)
     assert get(store, B, 0, len(_DATA)) == b"x" + _DATA[1:]
 
 
@@ -303,7 +303,7 @@ def test_who_inherits_is_known_after_a_restart(disk: FaultyDisk, clean: bool) ->
     store.close(clean)
     store = open_store(disk)
     for oid in store.suspects():
-        store.clear_suspect(oid)
+        trust(store, oid)
     assert sorted(store.dependents(A)) == [B, C]
     assert store.dependents(B) == [C]
     store.delete(A)
