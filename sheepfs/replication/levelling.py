@@ -3,7 +3,8 @@
 Always holds:
 - All `sync` members are asked for the version; those that differ are levelled with one of them
   before the object counts as open.
-- Members that join have no say, and are levelled too where members are known to differ.
+- Members that join have no say. Where members are known to differ they are levelled too, or know
+  that they are not: none becomes a `sync` member with a change that was taken back, or without one.
 - A copy that cannot be read as a whole is no source (I11). Any other sync member's is a good one:
   what they differ in was not acknowledged.
 """
@@ -131,15 +132,18 @@ class Leveller:
                 raise CorruptError("replicas differ, and all are damaged")
         best = (min if state.oldest else max)(copies.values())
         behind = [node for node in found if found[node] != best]
-        source = next(node for node in copies if copies[node] == best)
+        sources = [node for node in copies if copies[node] == best]
+        source = next((node for node in sources if node not in damaged), None)
         if not behind:
-            if state.uneven:
+            if state.uneven and source is not None:
                 # Members that join have no say, and may be what is ahead.
                 for node in group.joining:
-                    await self._repair(node, state.oid, source, damaged)
+                    if not await self._repair(node, state.oid, source, damaged):
+                        return False
             state.version = best[0]
             state.oldest = state.uneven = False
             return True
+        assert source is not None, "where versions differ, damaged copies are left out"
         log.warning(
             "%s: replicas differ; level node %s with node %d",
             describe_oid(state.oid), ", ".join(map(str, behind)), source,
@@ -171,11 +175,15 @@ class Leveller:
         except SheepError as error:
             refused.append(error)
 
-    async def _repair(self, node: int, oid: int, source: int, damaged: set[int]) -> None:
-        """Ask a node to level its copy with `source`, which may turn out damaged; best effort."""
+    async def _repair(self, node: int, oid: int, source: int, damaged: set[int]) -> bool:
+        """Have a node level its copy with `source`, which may turn out damaged.
+
+        Returns:
+            False: it could not. True: it did; or it joins, and knows now that it lacks this copy.
+        """
         link = self._replicator.router.link(node)
         if link is None:
-            return
+            return False
         try:
             await link.call(
                 Op.REPAIR,
@@ -189,3 +197,6 @@ class Leveller:
             damaged.add(source)
         except SheepError as error:
             log.info("repair of %s at node %d: %s", describe_oid(oid), node, error)
+        else:
+            return True
+        return False

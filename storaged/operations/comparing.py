@@ -166,15 +166,22 @@ class Comparing(Copies):
     async def _repair_for(self, client: Client, header: Header) -> None:
         oid = header.oid
         missing = self.store.get(oid) is None
+        exact = not header.flags & FLAG_FORWARD
         try:
-            exact = not header.flags & FLAG_FORWARD
             await self._bring_level(oid, header.pool, header.pg, header.span or None, exact=exact)
             client.reply(header, version=self._version(oid))
             if missing:
                 self.counters.restored_objects += 1
                 log.error("%s: was missing here; restored from a peer", describe_oid(oid))
         except SheepError as error:
-            self.fail(client, header, error)
+            level = self.level_of(header.pool, header.pg)
+            joins = self.node in self.map.pools[header.pool][header.pg].joining
+            if joins and exact and not level.is_complete:
+                # The holder need not wait: this copy is not taken for level before it was copied.
+                level.miss(oid, 0)
+                client.reply(header, version=self._version(oid))
+            else:
+                self.fail(client, header, error)
         finally:
             self.release(oid)
 

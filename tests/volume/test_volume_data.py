@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,12 +12,18 @@ from pathlib import Path
 import pytest
 import trio
 
-from fakes.static_cluster import StaticCluster, static_cluster
+from fakes.static_cluster import PG_COUNT, StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
-from sheepfs.core.errors import HeldElsewhereError, NoSpaceError, SheepError, Status
-from sheepfs.core.geometry import OBJECT_SIZE, data_object, map_object
+from sheepfs.core.errors import (
+    HeldElsewhereError,
+    NoSpaceError,
+    SheepError,
+    Status,
+    UnreachableError,
+)
+from sheepfs.core.geometry import OBJECT_SIZE, data_object, map_object, pg_of
 from sheepfs.core.wire import Header
 from sheepfs.replication import sending
 from sheepfs.volume import flusher, recording
@@ -446,6 +453,61 @@ async def test_a_joining_member_is_taken_back_too_when_another_has_no_space(
         assert copies(cluster, data_object(LAYER, 0)) == [A] * 3
         versions = {node.store.get(data_object(LAYER, 0)) for node in cluster.nodes.values()}
         assert len({entry.version for entry in versions if entry}) == 1
+
+
+async def test_a_member_that_has_caught_up_and_has_no_space_is_level_before_the_next_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with mounted(tmp_path, OBJECT_SIZE) as (cluster, here, _):
+        await here.write(0, A)
+        await here.flush()
+        cluster.auto_join = False
+        cluster.publish([1, 2], [3])
+        oid = data_object(LAYER, 0)
+        joining = cluster.nodes[3].replica.level_of(3, pg_of(oid, PG_COUNT))
+        await wait_until(lambda: joining.is_complete)
+        fill(cluster, 3)
+        with pytest.raises(OperationError, match="ENOSPC"):
+            await here.write(BLOCK, B)
+        read: list[bytes] = []
+
+        async def reads() -> None:
+            read.append(await here.read(BLOCK, BLOCK))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reads)
+            await wait_until(lambda: caplog.text.count("repair of") > 1)
+            assert not read
+            cluster.publish([1, 2, 3])
+        assert read == [bytes(BLOCK)]
+        assert copies(cluster, oid) == [A] * 3
+
+
+async def test_a_member_that_joins_and_cannot_be_levelled_copies_the_object_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with mounted(tmp_path, OBJECT_SIZE) as (cluster, here, _):
+        await here.write(0, A)
+        await here.flush()
+        cluster.auto_join = False
+        cluster.publish([1, 2], [3])
+        oid = data_object(LAYER, 0)
+        node = cluster.nodes[3].replica
+        joining = node.level_of(3, pg_of(oid, PG_COUNT))
+        await wait_until(lambda: oid in joining.fresh)
+        joining.is_complete = False
+        fill(cluster, 2)
+
+        async def pull(*_args: object, **_options: object) -> None:
+            raise UnreachableError("no member can be reached from here")
+
+        monkeypatch.setattr(node.puller, "pull", pull)
+        with pytest.raises(OperationError, match="ENOSPC"):
+            await here.write(BLOCK, B)
+        assert await here.read(BLOCK, BLOCK) == bytes(BLOCK)
+        assert oid in joining.missed
+        assert oid not in joining.fresh
 
 
 async def test_a_reader_whose_map_names_what_is_gone_looks_again(tmp_path: Path) -> None:
