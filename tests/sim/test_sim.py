@@ -11,7 +11,7 @@ from sim.running import SOAK, Seeds, simulate
 
 FINDERS = {
     "acknowledge_early": 0,
-    "skip_epoch_check": 62,
+    "skip_epoch_check": 66,
     "serve_before_caught_up": 1,
     "forget_dirty_marks": 1,
     "retry_failed_sync": 16,
