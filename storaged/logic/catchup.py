@@ -24,7 +24,7 @@ class Level:
         changed: the group's, in epochs; when it differs, nothing of this holds any more.
         fresh: objects level with a sync member since the node began to join. Writes keep them so.
         missed: other objects -> the newest version that this node acknowledged without having
-            it, because a sync member has it: the copy to come must be as new.
+            it, because a sync member has it: the copy to come must be as new. 0: any will do.
         is_complete: all is level, and the leader may have been told: nothing may be missed.
     """
 
@@ -45,6 +45,11 @@ class Level:
         """An object is not level, and a sync member has this version of it."""
         self.fresh.discard(oid)
         self.missed[oid] = max(version, self.missed.get(oid, 0))
+
+    def lack(self, oid: int) -> None:
+        """An object is not level; what was missed of it may have been taken back since."""
+        self.fresh.discard(oid)
+        self.missed[oid] = 0
 
 
 class Levels:

@@ -178,7 +178,7 @@ class Comparing(Copies):
             joins = self.node in self.map.pools[header.pool][header.pg].joining
             if joins and exact and not level.is_complete:
                 # The holder need not wait: this copy is not taken for level before it was copied.
-                level.miss(oid, 0)
+                level.lack(oid)
                 client.reply(header, version=self._version(oid))
             else:
                 self.fail(client, header, error)
