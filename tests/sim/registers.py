@@ -108,7 +108,7 @@ class Register:
 
     def flushed(self, issued: int) -> None:
         """A flush that was issued at that event has succeeded."""
-        if self.claims:
+        if self.claims or any(write.beside for write in self.log):
             self.log = [*self.claims, *(write for write in self.log if not write.beside)]
             self.claims = []
         done = [write for write in self.log if write.is_over(issued)]
@@ -136,8 +136,12 @@ class Register:
             self.claims = []
         else:
             self.claims += [write for write in ended if not write.beside]
-        # Of what is sent again nobody knows whether it was in force before.
-        again = [Write(w.value, w.issued, beside=under_way) for w in ended] if under_way else []
+        again = []
+        if under_way:
+            # What is sent again may have been in force before. What is not, as all answers to it
+            # are on their way already, is complete soon, and may be gone all the same.
+            again = [Write(value, 0, beside=under_way) for value in sorted(self.base)]
+            again += [Write(write.value, write.issued, beside=under_way) for write in ended]
         self.log = sorted([*again, *under_way], key=lambda write: write.issued)
 
     def seen(self, value: int) -> None:

@@ -88,6 +88,17 @@ def test_what_a_holder_goes_on_with_after_a_loss_ends_all_doubt(
     assert register.in_force(100) == {99}
 
 
+def test_what_is_complete_soon_after_a_loss_may_be_gone_until_a_flush_says_that_it_is_not() -> None:
+    register = Register(floor={1}, base={1})
+    write = Write(2, 1)
+    register.log.append(write)
+    register.lost(holder=False)
+    write.completed = 3
+    assert register.in_force(5) == {1, 2}
+    register.flushed(6)
+    assert register.in_force(7) == {2}
+
+
 def test_what_was_read_after_a_loss_stays() -> None:
     volume = Volume(1, 16)
     volume.begin(3, 1, 7, 1).completed = 2
