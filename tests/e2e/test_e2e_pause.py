@@ -65,19 +65,20 @@ def test_a_mount_that_slept_while_it_lost_a_vdi_gets_errors_and_reads_nothing_st
     cluster = mounted.cluster
     second = mounted.path.with_name("mnt2")
     cluster.mount(second)
-    path = mounted.create("taken", "32M")
+    name = "forced" if by_force else "taken"
+    path = mounted.create(name, "32M")
     sleeper = Writer(path, tmp_path / "sleeper", 1, 0)
     until_fsyncs(sleeper, 20)
     with paused(cluster.mounts[mounted.path]):
         end = time.monotonic() + paused_s
         if by_force:
-            refused = cluster.sheepctl("vdi", "unlock", "taken", check=False)
+            refused = cluster.sheepctl("vdi", "unlock", name, check=False)
             assert refused.returncode == 2
             assert "say --force" in refused.stderr
-            taken = cluster.sheepctl("vdi", "unlock", "taken", "--force", "--json").stdout
+            taken = cluster.sheepctl("vdi", "unlock", name, "--force", "--json").stdout
             assert json.loads(taken)["taken_from"].endswith(str(mounted.path))
-        wait_for(lambda: not is_held(mounted, "taken"), 60, "the lock to end")
-        taker = Writer(second / "taken.raw", tmp_path / "taker", 2, 1 << 32)
+        wait_for(lambda: not is_held(mounted, name), 60, "the lock to end")
+        taker = Writer(second / f"{name}.raw", tmp_path / "taker", 2, 1 << 32)
         until_fsyncs(taker, 20)
         wait_for(lambda: by_force or time.monotonic() > end, paused_s + 1, "the end of the pause")
     wait_for(sleeper.errors, WRITE_S, "the mount that slept to refuse its writer")
@@ -90,9 +91,9 @@ def test_a_mount_that_slept_while_it_lost_a_vdi_gets_errors_and_reads_nothing_st
         legal[block] = numbers - {0} | former
     # The mount that slept reads what the other one wrote, though it had the former map and pages.
     check(path, legal)
-    check(second / "taken.raw", legal)
+    check(second / f"{name}.raw", legal)
     cluster.unmount(second)
-    mounted.assert_replicas_agree("taken")
+    mounted.assert_replicas_agree(name)
 
 
 def until_fsyncs(writer: Writer, count: int) -> None:

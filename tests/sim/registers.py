@@ -129,20 +129,17 @@ class Register:
 
     def lost(self, *, holder: bool) -> None:
         """What was not flushed may be gone; with its holder, what is under way ends, too."""
-        under_way = [] if holder else [write for write in self.log if write.end() is None]
+        under_way = [w for w in self.log if not (holder or w.beside or w.completed is not None)]
         ended = [write for write in self.log if write not in under_way]
         self.base = self.floor | self.base | {write.value for write in ended}
         if holder:
             self.claims = []
         else:
             self.claims += [write for write in ended if not write.beside]
-        again = []
-        if under_way:
-            # What is sent again may have been in force before. What is not, as all answers to it
-            # are on their way already, is complete soon, and may be gone all the same.
-            again = [Write(value, 0, beside=under_way) for value in sorted(self.base)]
-            again += [Write(write.value, write.issued, beside=under_way) for write in ended]
-        self.log = sorted([*again, *under_way], key=lambda write: write.issued)
+        # What is sent again may have been in force before. What is not, as all answers to it are
+        # on their way already, is complete soon, and may be gone all the same.
+        again = [Write(v, 0, beside=under_way) for v in sorted(self.base)] if under_way else []
+        self.log = [*again, *under_way]
 
     def seen(self, value: int) -> None:
         """A read gave this value."""
