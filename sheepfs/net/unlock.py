@@ -49,7 +49,11 @@ async def force_unlock(store: Store, keys: Keys, vdi: int, fence: Fence) -> str 
             return owner  # It let go by itself.
         if now is not None and now.mod_revision != lock.mod_revision:
             holder = _owner(now.value)
-            raise HeldElsewhereError(f"VDI {name!r} is held by {holder} since a moment ago", holder)
+            raise HeldElsewhereError(
+                f"VDI {name!r} is held by {holder} since a moment ago: unlock it again to take it"
+                " from that one",
+                holder,
+            )
         taken = dataclasses.replace(record, generation=floor.generation_after(record.generation))
         changes: list[Put | Delete] = [Put(keys.vdi(name), taken.encode())]
         if now is not None:
