@@ -32,7 +32,10 @@ from sim.world import CLUSTER, DEADLINE_S, HistoryLog, ScrubWatch, World, determ
 
 LIMIT_S = 1000.0
 """Of simulated time."""
-_LIMITS = {signal.SIGPROF: (signal.ITIMER_PROF, 180.0), signal.SIGALRM: (signal.ITIMER_REAL, 900.0)}
+_LIMITS = {
+    signal.SIGPROF: (signal.ITIMER_PROF, 400.0),
+    signal.SIGALRM: (signal.ITIMER_REAL, 1500.0),
+}
 """Seconds of the processor, and of the clock, for a seed that takes about five."""
 CHUNK = 1 << 20
 
