@@ -6,16 +6,15 @@ to fit into `tools/test`. Logs of a failed test are shown with its report and ke
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from e2e.cluster import Mounted, missing_for_mount
+from e2e.soak import SOAK
 from sheepfs_tools.local.cluster import LocalCluster
 
-SOAK = os.environ.get("SHEEPFS_SOAK") == "1"
 HERE = Path(__file__).parent
 
 

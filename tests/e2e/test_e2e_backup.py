@@ -12,7 +12,6 @@ from e2e.cluster import Mounted, run
 from sheepfs.core.geometry import OBJECT_SIZE
 
 SIZE = 5 * OBJECT_SIZE + 4096
-INCREMENTS = 10
 
 
 def change(path: Path, random: Random) -> None:
@@ -30,12 +29,12 @@ def change(path: Path, random: Random) -> None:
 
 
 @pytest.fixture
-def chain(mounted: Mounted, tmp_path: Path) -> list[Path]:
+def chain(mounted: Mounted, tmp_path: Path, soak: bool) -> list[Path]:
     """A full backup of `source`, and increments; `source@t0` ... are the states."""
     random = Random(11)
     source = mounted.create("source", str(SIZE))
     files = []
-    for i in range(INCREMENTS + 1):
+    for i in range(11 if soak else 6):
         change(source, random)
         mounted.cluster.sheepctl("vdi", "snapshot", "source", "--tag", f"t{i}")
         file = tmp_path / f"backup{i}"

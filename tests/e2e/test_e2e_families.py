@@ -7,6 +7,7 @@ import trio
 
 from e2e.cluster import Mounted
 from e2e.families import Families, seed_of
+from e2e.soak import always_or_at_full_length
 from sheepfs.cluster import Cluster
 from sheepfs.connecting import connect
 from sheepfs_tools.sheepctl.analysis.cluster_check import ClusterCheck, Findings
@@ -24,12 +25,10 @@ async def check_clean(cluster: Cluster) -> Findings:
     return findings
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", always_or_at_full_length([0], range(1, 5)))
 async def test_families_of_vdis_hold_what_was_written_and_leave_nothing_behind(
     mounted: Mounted, number: int, soak: bool
 ) -> None:
-    if number > 0 and not soak:
-        pytest.skip("only with SHEEPFS_SOAK=1")
     etcd, name = mounted.cluster.etcd_address, mounted.cluster.cluster
     async with connect(etcd, name, "families") as cluster:
         families = Families(cluster, seed_of(number))

@@ -8,20 +8,19 @@ import pytest
 
 from e2e.cluster import Mounted, object_bytes
 from e2e.load import longest_wait_s, verifying
+from e2e.soak import always_or_at_full_length
 from sheepfs_tools.local.processes import wait_for
 
 LONGEST_STALL_S = 2.0
 
 
-@pytest.mark.parametrize("block", ["4k", "64k"])
+@pytest.mark.parametrize("block", always_or_at_full_length(["4k"], ["64k"]))
 def test_fio_sees_no_error_and_no_long_stall_while_a_daemon_is_killed_and_restarted(
     mounted: Mounted, block: str, soak: bool
 ) -> None:
     mounted.cluster.sheepctl("node", "patience", "--longest", "0")
-    # Recovery yields to fio. All of its file is written over in seconds in blocks of 64k: that
-    # takes up to half a minute for each return.
-    kills = 10 if soak else {"4k": 2, "64k": 1}[block]
-    runtime_s = 300.0 if soak else 45.0
+    # Recovery yields to fio: each return takes a while, in blocks of 64k up to half a minute.
+    kills, runtime_s = (10, 300.0) if soak else (1, 25.0)
     name = f"load{block}"
     path = mounted.create(name, "256M")
     with verifying(path, block, runtime_s) as fio:

@@ -21,6 +21,7 @@ import trio
 
 from e2e.cluster import Mounted
 from e2e.families import seed_of
+from e2e.soak import always_or_at_full_length
 from e2e.test_e2e_families import check_clean
 from sheepfs.connecting import connect
 from sheepfs.core.errors import HeldElsewhereError
@@ -381,12 +382,10 @@ class Killing:
         self.mounted.wait_healthy()
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", always_or_at_full_length([0], range(1, 5)))
 def test_what_was_flushed_outlives_kills_of_mounts_tools_and_daemons(
     mounted: Mounted, number: int, soak: bool
 ) -> None:
-    if number > 0 and not soak:
-        pytest.skip("only with SHEEPFS_SOAK=1")
     # Nodes are killed and started by the minute: nobody is to be held out for that.
     mounted.cluster.sheepctl("node", "patience", "--longest", "0")
     killing = Killing(mounted, seed_of(number))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import time
@@ -23,6 +22,7 @@ from e2e import partition
 from e2e.cluster import Mounted, missing_for_mount
 from e2e.load import end_fio, longest_wait_s, start_fio
 from e2e.partition import Hosts, HostsCluster
+from e2e.soak import always_or_at_full_length
 from e2e.witness import StampingWriter, Taker, assert_nothing_lost, now
 from sheepfs.holding.holding import LEASE_TTL_S
 from sheepfs_tools.local.processes import wait_for
@@ -33,10 +33,6 @@ TAKE_S = 30.0
 """Until a VDI is taken whose holder has lost its lease."""
 STALL_S = 1.0
 SIZE = "40M"
-
-only_at_full_length = pytest.mark.skipif(
-    os.environ.get("SHEEPFS_SOAK") != "1", reason="only with SHEEPFS_SOAK=1"
-)
 
 
 class Partitioned:
@@ -184,14 +180,8 @@ CUTS = [
 
 @pytest.mark.parametrize(
     "cuts",
-    [
-        pytest.param(
-            cuts,
-            id="+".join(map(str, cuts)),
-            marks=[] if number == 0 else only_at_full_length,
-        )
-        for number, cuts in enumerate(CUTS)
-    ],
+    always_or_at_full_length(CUTS[:1], CUTS[1:]),
+    ids=lambda cuts: "+".join(map(str, cuts)),
 )
 def test_a_cut_loses_nothing_and_service_is_back_soon_after_it(
     place: Partitioned, mounted: Mounted, cuts: tuple[Cut, ...], capsys: pytest.CaptureFixture[str]
@@ -258,7 +248,7 @@ def test_a_cut_loses_nothing_and_service_is_back_soon_after_it(
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-@pytest.mark.parametrize("how", ["paused", pytest.param("killed", marks=only_at_full_length)])
+@pytest.mark.parametrize("how", always_or_at_full_length(["paused"], ["killed"]))
 def test_io_goes_on_while_etcd_is_away_and_nothing_changes_when_it_is_back(
     place: Partitioned, mounted: Mounted, how: str, soak: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from e2e.cluster import missing_for_mount
 from e2e.committing import Machine
 from e2e.guest import build_guest, missing_for_guest
 from e2e.power import Powered, missing
+from e2e.soak import always_or_at_full_length
 from sheepfs_tools.local.processes import wait_for
 
 AGREE_S = 120.0
@@ -20,10 +21,8 @@ COMMITS = 3
 """To each database, before each cut and after it."""
 
 
-@pytest.fixture(params=["ext4", "xfs"])
-def powered(request: pytest.FixtureRequest, tmp_path: Path, soak: bool) -> Iterator[Powered]:
-    if request.param == "xfs" and not soak:
-        pytest.skip("only with SHEEPFS_SOAK=1")
+@pytest.fixture(params=always_or_at_full_length(["ext4"], ["xfs"]))
+def powered(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Powered]:
     if reason := missing(request.param) or missing_for_mount() or missing_for_guest():
         pytest.skip(reason)
     cluster = Powered(tmp_path, request.param)
