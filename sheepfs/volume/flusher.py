@@ -2,6 +2,8 @@
 
 Always holds:
 - A map page is stored only after what it names is durable on all members (DESIGN section 6).
+- Nothing is deleted that the map names when it is stored, or when it is to be deleted: what was
+  made again while its deletion waited may be back as it was before, version and all (losses.py).
 - Flushes asked for while one runs share the next one.
 - A failed flush that nobody waited for is told to the next one who asks: it is never lost.
 - Once writes were lost, every flush fails until the VDI is let go, though it is carried out: nobody
@@ -193,7 +195,8 @@ class Flusher:
     def begin(self) -> Taken:
         """Take what is to be stored, as it is at this moment."""
         discarded, self.discarded = self.discarded, {}
-        return Taken(self._map.take_dirty(), discarded)
+        unnamed = {oid: v for oid, v in discarded.items() if not self._map.names(oid)}
+        return Taken(self._map.take_dirty(), unnamed)
 
     async def store(self, taken: Taken) -> None:
         """Make data durable, then what was taken. Raises SheepError: it is taken back."""
@@ -213,7 +216,9 @@ class Flusher:
             self._delete(oid, version)
 
     def _delete(self, oid: int, version: int) -> None:
-        """Free a discarded object's space; best effort, the map does not name it any more."""
+        """Free a discarded object's space; best effort, the stored map does not name it."""
+        if self._map.names(oid):
+            return  # It was made again.
         replicator = self._replicator
         state = replicator.state(oid)
         if replicator.in_use(state):

@@ -86,7 +86,7 @@ async def find_orphans(
 def _is_named(vdi_map: VdiMap, oid: int, layer: int, map_layer: int) -> bool:
     if is_map_object(oid):
         return layer_of(oid) != map_layer or bool(vdi_map.existing >> index_of(oid) & 1)
-    return layer_of(oid) != layer or vdi_map.get(index_of(oid)) == layer
+    return layer_of(oid) != layer or vdi_map.names(oid)
 
 
 async def _list(replicator: Replicator, pool: int, pg: int, layer: int) -> dict[int, int]:

@@ -18,6 +18,9 @@ from sheepfs.core.geometry import (
     MAP_ENTRIES_PER_BLOCK,
     MAP_ENTRIES_PER_OBJECT,
     MAX_LAYER,
+    index_of,
+    is_map_object,
+    layer_of,
 )
 
 PAGES_PER_OBJECT = MAP_ENTRIES_PER_OBJECT // MAP_ENTRIES_PER_BLOCK
@@ -53,6 +56,10 @@ class VdiMap:
         """Give the owner layer of an object, 0 for a hole, None if the page is not loaded."""
         page = self.pages.get(index // MAP_ENTRIES_PER_BLOCK)
         return None if page is None else page[index % MAP_ENTRIES_PER_BLOCK]
+
+    def names(self, oid: int) -> bool:
+        """Whether a data object is what its index is now; its page is loaded."""
+        return not is_map_object(oid) and self.get(index_of(oid)) == layer_of(oid)
 
     def skip_holes(self, index: int, end: int) -> int:
         """Give the first index in [`index`, `end`) that is owned or whose page must be loaded.

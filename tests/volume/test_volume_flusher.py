@@ -9,6 +9,7 @@ from typing import cast
 
 import pytest
 import trio
+import trio.testing
 
 from fakes.waiting import wait_until
 from sheepfs.callbacks import Completed, OperationError, completion, countdown
@@ -169,6 +170,42 @@ async def test_what_a_failed_flush_took_is_in_the_next_one() -> None:
         assert parts.recorder.events == [
             "flush", f"WRITE {MAP} +0 names 1 new", "flush", "save", "delete",
         ]  # fmt: skip
+
+
+async def test_what_is_made_again_after_a_failed_flush_is_not_deleted() -> None:
+    """Even if it is of the version that was to be deleted: what followed that may be lost."""
+    async with flushing() as parts:
+        await parts.make(0)
+        await parts.flush()
+        parts.map.discard(0)
+        parts.flusher.discarded[data_object(LAYER, 0)] = 0
+        parts.recorder.problem = CorruptError("lost")
+        with pytest.raises(OperationError, match="EIO"):
+            await parts.flush()
+        await parts.make(0)
+        parts.recorder.gate = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parts.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            # The stored map will name it.
+            parts.map.discard(0)
+            parts.recorder.gate.set()
+        assert "delete" not in parts.recorder.events
+
+
+async def test_what_is_made_again_while_the_map_is_stored_is_not_deleted() -> None:
+    async with flushing() as parts:
+        await parts.make(0)
+        await parts.flush()
+        parts.map.discard(0)
+        parts.flusher.discarded[data_object(LAYER, 0)] = 0
+        parts.recorder.gate = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parts.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            await parts.make(0)
+            parts.recorder.gate.set()
+        assert "delete" not in parts.recorder.events
 
 
 async def test_a_record_that_cannot_be_saved_fails_the_flush() -> None:

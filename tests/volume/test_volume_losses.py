@@ -13,7 +13,7 @@ from fakes.static_cluster import PG_COUNT, StaticCluster, static_cluster
 from fakes.static_mount import LAYER, StaticMount, StaticRecord
 from fakes.waiting import wait_until
 from sheepfs.callbacks import OperationError
-from sheepfs.core.errors import FencedError, SheepError
+from sheepfs.core.errors import FencedError, SheepError, UnreachableError
 from sheepfs.core.geometry import (
     MAP_ENTRIES_PER_OBJECT,
     OBJECT_SIZE,
@@ -262,6 +262,54 @@ async def test_what_was_deleted_before_does_not_come_back(tmp_path: Path) -> Non
         assert await here.read(OBJECT_SIZE, 2 * BLOCK) == bytes(2 * BLOCK)
         await here.write(OBJECT_SIZE + BLOCK, C)
         assert await here.read(OBJECT_SIZE, 2 * BLOCK) == bytes(BLOCK) + C
+
+
+async def test_what_was_to_be_deleted_stays_where_a_loss_brings_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the discard was durable, nor what was made in its place."""
+    async with static_cluster(tmp_path) as (cluster, _):
+        etcd = StaticRecord(2 * OBJECT_SIZE)
+        here = await mount_of(cluster, etcd)
+        await here.write(OBJECT_SIZE, A)
+        await here.flush()
+        replicator = here.volume.replicator
+        assert replicator is not None
+        oid = data_object(LAYER, 1)
+        files = {
+            node: next(node.path.glob(f"objects/*/*/{oid:016x}")) for node in cluster.nodes.values()
+        }
+        kept = {node: file.read_bytes() for node, file in files.items()}
+        await here.volume.punch(OBJECT_SIZE, OBJECT_SIZE)
+        written = trio.Event()
+
+        async def fail() -> None:
+            await written.wait()
+            raise UnreachableError("a node is away")
+
+        async def flush() -> None:
+            with pytest.raises(OperationError, match="EHOSTUNREACH"):
+                await here.flush()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(replicator.unflushed, "make_durable", fail)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(flush)
+                await trio.testing.wait_all_tasks_blocked()
+                await here.write(OBJECT_SIZE + BLOCK, B)
+                written.set()
+        for node in cluster.nodes.values():
+            node.clean = False
+            node.stop()
+            await node._ended.wait()
+            files[node].write_bytes(kept[node])
+        await start_all(cluster, here)
+        await has_mended(here)
+        assert await here.read(OBJECT_SIZE, 2 * BLOCK) == A + bytes(BLOCK)
+        await let_go(here)
+        there = await mount_of(cluster, etcd)
+        await there.volume.attach()
+        assert await there.read(OBJECT_SIZE, 2 * BLOCK) == A + bytes(BLOCK)
 
 
 async def test_a_copy_that_is_gone_leaves_the_frozen_object(tmp_path: Path) -> None:
