@@ -3,7 +3,8 @@
 Always holds:
 - Nothing is changed; a corrupt block that a member finds while it reads, it repairs itself.
 - An object of a VDI in use may change between two answers: a difference counts only when it is
-  still there after `ATTEMPTS` looks.
+  still there after `ATTEMPTS` looks at it while it does not change, or after `IN_USE_S`.
+- What could not be compared is no agreement, whatever the members say instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import trio
 from xxhash import xxh3_64_hexdigest
@@ -44,10 +46,31 @@ from sheepfs_tools.sheepctl.session import Session
 
 ATTEMPTS = 20
 PAUSE_S = 0.25
+IN_USE_S = 60.0
+"""How long an object that changes all the time is looked at."""
 WORKERS = 32
+DEEP_WORKERS = 8
+"""Each has as many objects in memory as there are copies."""
 CALL_TIMEOUT_S = 10.0
 WANT_DIGEST = 1
 """Flag of STAT: compute the checksum of the object's checksum table."""
+
+
+class Answer(NamedTuple):
+    """What a member has of an object.
+
+    Attributes:
+        text: for people; equal when the bytes are, if `is_good`.
+        version: 0 if it has none or did not tell.
+        is_good: it has given all bytes of this version.
+    """
+
+    text: str
+    version: int = 0
+    is_good: bool = False
+
+
+MISSING = Answer("missing")
 
 
 @dataclass
@@ -115,7 +138,7 @@ class Checker:
         objects = iter(sorted(named | present))
         self.report.objects = len(named | present)
         async with trio.open_nursery() as nursery:
-            for _ in range(WORKERS):
+            for _ in range(DEEP_WORKERS if self._deep else WORKERS):
                 nursery.start_soon(self._work, objects, named)
 
     async def _work(self, objects: Iterator[int], named: set[int]) -> None:
@@ -196,44 +219,68 @@ class Checker:
             return []
 
     async def _compare(self, oid: int, is_named: bool) -> None:
-        answers: dict[int, str] = {}
-        for _ in range(ATTEMPTS):
-            members = self._group(oid).sync
-            answers = {}
-            for node in members:
-                if link := self._links.get(node):
-                    answers[node] = await self._ask(link, oid)
+        answers: dict[int, Answer] = {}
+        left = ATTEMPTS
+        newest = 0
+        patience = trio.current_time() + IN_USE_S
+        while left:
+            answers = await self._ask_all(oid)
             found = set(answers.values())
-            if found == {"missing"} and not is_named:
+            if found <= {MISSING} and not is_named:
                 # Deleted while we looked.
                 return
-            if len(found) == 1 and not found & {"missing", "corrupt"}:
+            if len(found) == 1 and all(answer.is_good for answer in found):
                 self.report.replicas += len(answers)
                 return
+            seen = max((answer.version for answer in found), default=0)
+            if seen == newest or trio.current_time() > patience:
+                left -= 1
+            newest = max(newest, seen)
             await self._pause()
-        if not is_named and set(answers.values()) - {"missing"} == set():
-            return
-        self.report.differences[describe_oid(oid)] = answers
+        self.report.differences[describe_oid(oid)] = {
+            node: answer.text for node, answer in sorted(answers.items())
+        }
 
-    async def _ask(self, link: Link, oid: int) -> str:
-        """Give what a member has of an object, in words that are equal when the bytes are."""
+    async def _ask_all(self, oid: int) -> dict[int, Answer]:
+        """Ask all sync members at once: what changes meanwhile is then equal the most often."""
+        answers: dict[int, Answer] = {}
+
+        async def ask(node: int, link: Link) -> None:
+            answers[node] = await self._ask(link, oid)
+
+        async with trio.open_nursery() as nursery:
+            for node in self._group(oid).sync:
+                if link := self._links.get(node):
+                    nursery.start_soon(ask, node, link)
+        return answers
+
+    async def _ask(self, link: Link, oid: int) -> Answer:
         try:
-            header, body = await link.call(
-                Op.STAT, b"", flags=WANT_DIGEST, timeout_s=CALL_TIMEOUT_S, **self._fields(oid)
-            )
-            digest = str(json.loads(body)["digest"])
-            if self._deep:
-                data = await self._read(link, oid)
-                digest += " " + xxh3_64_hexdigest(data)
+            version, digest = await self._stat(link, oid)
+            if not self._deep:
+                return Answer(f"version {version:x} checksum {digest}", version, is_good=True)
+            data = await self._read(link, oid)
+            again, _ = await self._stat(link, oid, flags=0)
+            if again != version:
+                return Answer(f"version {version:x} became {again:x} while it was read", again)
         except ObjectNotFoundError:
-            return "missing"
+            return MISSING
         except CorruptError:
-            return "corrupt"
+            return Answer("corrupt")
         except SheepError as error:
-            return str(error)
+            return Answer(str(error))
+        digest += " " + xxh3_64_hexdigest(data)
+        return Answer(f"version {version:x} checksum {digest}", version, is_good=True)
+
+    async def _stat(self, link: Link, oid: int, flags: int = WANT_DIGEST) -> tuple[int, str]:
+        """Give an object's version, and the checksum of its checksum table if that is wanted."""
+        header, body = await link.call(
+            Op.STAT, b"", flags=flags, timeout_s=CALL_TIMEOUT_S, **self._fields(oid)
+        )
+        try:
+            return header.version, str(json.loads(body)["digest"]) if flags else ""
         except (ValueError, KeyError, TypeError) as error:
             raise ProtocolError(f"node {link.node} answered STAT badly: {error!r}") from error
-        return f"version {header.version:x} checksum {digest}"
 
     async def _pause(self) -> None:
         await trio.sleep(PAUSE_S)
