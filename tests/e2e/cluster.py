@@ -80,7 +80,7 @@ class Mounted:
         return holder
 
     def assert_replicas_agree(self, name: str) -> dict[str, Any]:
-        """Let `sheepctl vdi check` read every replica, and compare the object files too."""
+        """Let `sheepctl vdi check` read every replica; give its report."""
         self.wait_healthy()
         done = self.cluster.sheepctl(
             "vdi", "check", name, "--deep", "--json", check=False, timeout_s=300

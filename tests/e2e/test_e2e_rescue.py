@@ -80,7 +80,7 @@ class Rescuer:
     def __init__(
         self, mounted: Mounted, export: Path, target: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        self._export, self._target, self._capsys = export, target, capsys
+        self.export, self._target, self._capsys = export, target, capsys
         cluster = mounted.cluster
         self._data = [str(cluster.node_directory(number)) for number in cluster.nodes]
 
@@ -94,7 +94,7 @@ class Rescuer:
 
     def check_all(self, expected: dict[str, bytes]) -> None:
         for name, content in expected.items():
-            report, found, code = self.rescue(name, "--metadata", str(self._export))
+            report, found, code = self.rescue(name, "--metadata", str(self.export))
             assert (code, report["missing"], report["doubtful"]) == (0, [], []), report
             assert found == content, name
 
@@ -114,35 +114,10 @@ def test_after_the_loss_of_etcd_vdis_are_rebuilt_and_the_cluster_comes_back(
     assert "a storage daemon runs there" in capsys.readouterr().err
     kill_all_but_the_mount(mounted)
 
-    # -- rebuilt from the directories alone, though each of them is damaged somewhere
-    first = expected["vm1@daily"][:OBJECT_SIZE]
-    (files,) = [f for f in mounted.object_files().values() if object_bytes(f[0]) == first]
-    offset = 40 * BLOCK_SIZE + 7
-    rescuer = Rescuer(mounted, export, tmp_path / "image.raw", capsys)
-    with flipped(*((path, i * 9 * BLOCK_SIZE + offset) for i, path in enumerate(files))):
-        before = {number: tree(cluster.node_directory(number)) for number in cluster.nodes}
-        rescuer.check_all(expected)
-        listed, code = rescuer.run("--list")
-        assert code == 0
-        unnamed = {rescuer.rescue(str(row["map"]))[1].rstrip(b"\0") for row in listed}
-        assert unnamed == {content.rstrip(b"\0") for content in expected.values()}
-        assert {n: tree(cluster.node_directory(n)) for n in cluster.nodes} == before
-    with flipped(*((path, offset) for path in files)):
-        report, found, code = rescuer.rescue("vm1@daily", "--metadata", str(export))
-        lost = slice(40 * BLOCK_SIZE, 41 * BLOCK_SIZE)
-        told = report["missing"] + report["doubtful"]
-        assert code == 1
-        assert [(r["start"], r["end"]) for r in told] == [(lost.start, lost.stop)]
-        assert found[: lost.start] == expected["vm1@daily"][: lost.start]
-        assert found[lost.stop :] == expected["vm1@daily"][lost.stop :]
-
-    # -- and brought back with a new etcd
-    cluster.start_etcd()
-    cluster.nodes[1].start()
-    wait_for(lambda: cluster.nodes[1].pid is None, 20, "the daemon to refuse an empty etcd")
-    assert "sheepctl metadata import" in cluster.nodes[1].last_words(20)
-    cluster.sheepctl("metadata", "import", str(export))
-    mounted.start()
+    rebuild_from_damaged_directories(
+        mounted, Rescuer(mounted, export, tmp_path / "image.raw", capsys), expected
+    )
+    bring_back_with_a_new_etcd(mounted, export)
     try:
         assert os.pwrite(used, noise(9, 5000), 4 * OBJECT_SIZE) == 5000
         os.fsync(used)
@@ -152,6 +127,48 @@ def test_after_the_loss_of_etcd_vdis_are_rebuilt_and_the_cluster_comes_back(
     vm1[4 * OBJECT_SIZE : 4 * OBJECT_SIZE + 5000] = noise(9, 5000)
     for name, content in (expected | {"vm1": bytes(vm1)}).items():
         assert (mounted.path / f"{name}.raw").read_bytes() == content
+    everything_works(mounted)
+
+
+def rebuild_from_damaged_directories(
+    mounted: Mounted, rescuer: Rescuer, expected: dict[str, bytes]
+) -> None:
+    """One object is damaged in each directory: first not everywhere at the same place."""
+    cluster = mounted.cluster
+    first = expected["vm1@daily"][:OBJECT_SIZE]
+    (files,) = [f for f in mounted.object_files().values() if object_bytes(f[0]) == first]
+    offset = 40 * BLOCK_SIZE + 7
+    with flipped(*((path, i * 9 * BLOCK_SIZE + offset) for i, path in enumerate(files))):
+        before = {number: tree(cluster.node_directory(number)) for number in cluster.nodes}
+        rescuer.check_all(expected)
+        listed, code = rescuer.run("--list")
+        assert code == 0
+        unnamed = {rescuer.rescue(str(row["map"]))[1].rstrip(b"\0") for row in listed}
+        assert unnamed == {content.rstrip(b"\0") for content in expected.values()}
+        assert {n: tree(cluster.node_directory(n)) for n in cluster.nodes} == before
+    with flipped(*((path, offset) for path in files)):
+        report, found, code = rescuer.rescue("vm1@daily", "--metadata", str(rescuer.export))
+        lost = slice(40 * BLOCK_SIZE, 41 * BLOCK_SIZE)
+        told = report["missing"] + report["doubtful"]
+        assert code == 1
+        assert [(r["start"], r["end"]) for r in told] == [(lost.start, lost.stop)]
+        assert found[: lost.start] == expected["vm1@daily"][: lost.start]
+        assert found[lost.stop :] == expected["vm1@daily"][lost.stop :]
+
+
+def bring_back_with_a_new_etcd(mounted: Mounted, export: Path) -> None:
+    cluster = mounted.cluster
+    cluster.start_etcd()
+    cluster.nodes[1].start()
+    wait_for(lambda: cluster.nodes[1].pid is None, 20, "the daemon to refuse an empty etcd")
+    assert "sheepctl metadata import" in cluster.nodes[1].last_words(20)
+    cluster.sheepctl("metadata", "import", str(export))
+    mounted.start()
+
+
+def everything_works(mounted: Mounted) -> None:
+    """VDIs are written, frozen and made, and nothing is in disorder."""
+    cluster = mounted.cluster
     write(mounted.path / "vm1.raw", {OBJECT_SIZE: noise(6, 70_000)})
     write(mounted.path / "vm2.raw", {2 * OBJECT_SIZE: noise(7, 70_000)})
     cluster.sheepctl("vdi", "snapshot", "vm1", "--tag", "later")

@@ -89,27 +89,36 @@ class SavedEtcd:
         self._cluster.start_etcd()
 
 
+class Operator:
+    """Runs sheepctl in this process."""
+
+    def __init__(self, mounted: Mounted, capsys: pytest.CaptureFixture[str]) -> None:
+        self._cluster = mounted.cluster
+        self._capsys = capsys
+
+    def sheepctl(self, *words: str) -> tuple[int, str]:
+        """Give the exit code and all that is printed."""
+        code = main([*self._cluster.options, *words])
+        told = self._capsys.readouterr()
+        return code, told.out + told.err
+
+    def info(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.sheepctl("vdi", "info", name, "--json")[1])
+        return found
+
+    def keys(self) -> object:
+        """Everything that is in etcd."""
+        path = self._cluster.directory / "exported"
+        path.unlink(missing_ok=True)
+        assert self.sheepctl("metadata", "export", str(path))[0] == 0
+        return json.loads(path.read_text())["keys"]
+
+
 def test_an_etcd_restored_from_older_data_is_refused_until_it_is_accepted(
     new_cluster: Callable[[], Mounted], capsys: pytest.CaptureFixture[str]
 ) -> None:
     mounted = new_cluster()
-    cluster = mounted.cluster
-    data = ["--data", *(str(cluster.node_directory(number)) for number in cluster.nodes)]
-
-    def sheepctl(*words: str) -> tuple[int, str]:
-        code = main([*cluster.options, *words])
-        told = capsys.readouterr()
-        return code, told.out + told.err
-
-    def info(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(sheepctl("vdi", "info", name, "--json")[1])
-        return found
-
-    def exported(file: str) -> object:
-        path = cluster.directory / file
-        assert sheepctl("metadata", "export", str(path))[0] == 0
-        return json.loads(path.read_text())["keys"]
-
+    operator = Operator(mounted, capsys)
     first = Disk(mounted.create("first", str(SIZE)))
     first.write(0, noise(1))
     saved = SavedEtcd(mounted)
@@ -120,52 +129,21 @@ def test_an_etcd_restored_from_older_data_is_refused_until_it_is_accepted(
     wait_for(partial(have_seen, mounted), 20, "all daemons to read the newest map")
     late.write(5000, noise(2))
     first.write(OBJECT_SIZE, noise(3))
-    lost = info("late")
+    lost = operator.info("late")
     saved.restore()
 
-    # -- who runs notices, changes nothing, and goes on
-    running = [*cluster.nodes.values(), *cluster.mounts.values()]
-    for process in running:
-        wait_for(partial(has_noticed, process), 20, f"{process.name} to notice")
-    for number, disk in enumerate((first, late)):
-        disk.write(2 * OBJECT_SIZE - 50_000, noise(4 + number))
-        disk.write(100, noise(6 + number))
-        disk.check()
-    before = exported("before")
+    who_runs_notices_and_goes_on(mounted, first, late)
+    before = operator.keys()
     for disk in (first, late):
         disk.close()
+    who_starts_is_refused(mounted, operator)
+    assert operator.keys() == before
+    who_runs_is_ended_and_the_operator_accepts(mounted, operator)
 
-    # -- who starts refuses
-    code, told = sheepctl("vdi", "create", "unlucky", "1G")
-    assert (code, "etcd knows less than node" in told, ACCEPT in told) == (2, True, True), told
-    code, told = sheepctl("vdi", "clone", "first", "unlucky")
-    assert (code, "etcd knows less than node" in told, ACCEPT in told) == (2, True, True), told
-    cluster.nodes[1].stop()
-    cluster.nodes[1].start()
-    wait_for(lambda: cluster.nodes[1].pid is None, 20, "the daemon to refuse to start")
-    assert ACCEPT in cluster.nodes[1].last_words(3)
-    assert "knows less than this data directory" in cluster.nodes[1].last_words(3)
-    # When their keys in etcd are gone they serve all the same.
-    wait_for(
-        lambda: "still serve (node 2 at" in sheepctl("metadata", "accept", "--yes")[1],
-        20,
-        "etcd to forget the daemons",
-    )
-    assert exported("after") == before
-
-    # -- the operator's word
-    for process in running:
-        process.kill()
-    code, told = sheepctl("metadata", "accept", *data)
-    assert (code, "add --yes" in told) == (2, True), told
-    assert "VDIs or snapshots were made later" in told
-    code, told = sheepctl("metadata", "accept", "--yes", "--json", *data)
-    assert code == 0, told
-    mounted.start()
     assert (mounted.path / "first.raw").read_bytes() == first.content
     assert not (mounted.path / "late.raw").exists()
     new = Disk(mounted.create("new", str(SIZE)))
-    made = info("new")
+    made = operator.info("new")
     assert made["id"] > lost["id"]
     assert serial(made) > serial(lost)
     new.write(0, noise(9))
@@ -178,6 +156,49 @@ def test_an_etcd_restored_from_older_data_is_refused_until_it_is_accepted(
     again.check()
     again.close()
     mounted.assert_replicas_agree("first")
+
+
+def who_runs_notices_and_goes_on(mounted: Mounted, *disks: Disk) -> None:
+    cluster = mounted.cluster
+    for process in (*cluster.nodes.values(), *cluster.mounts.values()):
+        wait_for(partial(has_noticed, process), 20, f"{process.name} to notice")
+    for number, disk in enumerate(disks):
+        disk.write(2 * OBJECT_SIZE - 50_000, noise(4 + number))
+        disk.write(100, noise(6 + number))
+        disk.check()
+
+
+def who_starts_is_refused(mounted: Mounted, operator: Operator) -> None:
+    for words in (("create", "unlucky", "1G"), ("clone", "first", "unlucky")):
+        code, told = operator.sheepctl("vdi", *words)
+        assert code == 2, told
+        assert "etcd knows less than node" in told
+        assert ACCEPT in told
+    node = mounted.cluster.nodes[1]
+    node.stop()
+    node.start()
+    wait_for(lambda: node.pid is None, 20, "the daemon to refuse to start")
+    assert ACCEPT in node.last_words(3)
+    assert "knows less than this data directory" in node.last_words(3)
+    # When their keys in etcd are gone the others serve all the same.
+    wait_for(
+        lambda: "still serve (node 2 at" in operator.sheepctl("metadata", "accept", "--yes")[1],
+        20,
+        "etcd to forget the daemons",
+    )
+
+
+def who_runs_is_ended_and_the_operator_accepts(mounted: Mounted, operator: Operator) -> None:
+    cluster = mounted.cluster
+    for process in (*cluster.nodes.values(), *cluster.mounts.values()):
+        process.kill()
+    data = ["--data", *(str(cluster.node_directory(number)) for number in cluster.nodes)]
+    code, told = operator.sheepctl("metadata", "accept", *data)
+    assert (code, "add --yes" in told) == (2, True), told
+    assert "VDIs or snapshots were made later" in told
+    code, told = operator.sheepctl("metadata", "accept", "--yes", "--json", *data)
+    assert code == 0, told
+    mounted.start()
 
 
 def serial(info: dict[str, Any]) -> int:

@@ -437,14 +437,19 @@ async def test_a_write_beyond_the_largest_vdi_is_refused(tmp_path: Path) -> None
             await here.volume.resize(1 << 51)
 
 
+async def begin_joining(cluster: StaticCluster, here: StaticMount) -> None:
+    """Write A to the first block; node 3 has to catch up, and stays among those that join."""
+    await here.write(0, A)
+    await here.flush()
+    cluster.auto_join = False
+    cluster.publish([1, 2], [3])
+
+
 async def test_a_joining_member_is_taken_back_too_when_another_has_no_space(
     tmp_path: Path,
 ) -> None:
     async with mounted(tmp_path, OBJECT_SIZE) as (cluster, here, _):
-        await here.write(0, A)
-        await here.flush()
-        cluster.auto_join = False
-        cluster.publish([1, 2], [3])
+        await begin_joining(cluster, here)
         await here.write(0, B)
         fill(cluster, 2)
         with pytest.raises(OperationError, match="ENOSPC"):
@@ -460,10 +465,7 @@ async def test_a_member_that_has_caught_up_and_has_no_space_is_level_before_the_
 ) -> None:
     caplog.set_level(logging.INFO)
     async with mounted(tmp_path, OBJECT_SIZE) as (cluster, here, _):
-        await here.write(0, A)
-        await here.flush()
-        cluster.auto_join = False
-        cluster.publish([1, 2], [3])
+        await begin_joining(cluster, here)
         oid = data_object(LAYER, 0)
         joining = cluster.nodes[3].replica.level_of(3, pg_of(oid, PG_COUNT))
         await wait_until(lambda: joining.is_complete)
@@ -488,10 +490,7 @@ async def test_a_member_that_joins_and_cannot_be_levelled_copies_the_object_agai
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with mounted(tmp_path, OBJECT_SIZE) as (cluster, here, _):
-        await here.write(0, A)
-        await here.flush()
-        cluster.auto_join = False
-        cluster.publish([1, 2], [3])
+        await begin_joining(cluster, here)
         oid = data_object(LAYER, 0)
         node = cluster.nodes[3].replica
         joining = node.level_of(3, pg_of(oid, PG_COUNT))
