@@ -22,13 +22,14 @@ from sheepfs.core.geometry import describe_oid, layer_of, serial_of
 from sheepfs.core.wire import Op
 from storaged.operations.replica import Replica
 from storaged.recovery.pulling import Peers
+from storaged.space.removal import SLICE_S
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 5.0
 CALL_TIMEOUT_S = 10.0
 BATCH = 16
-"""Objects removed between two looks at the other tasks."""
+"""Objects removed between two looks at the other tasks, at most (see SLICE_S)."""
 
 
 def is_settled(cluster_map: ClusterMap, copies: int, group: PlacementGroup) -> bool:
@@ -94,9 +95,11 @@ class Leftovers:
         # Copies before what they are made of: then nothing has to be given to heirs.
         ours = sorted(ours, key=lambda own: serial_of(layer_of(own.oid)), reverse=True)
         removed = quarantined = 0
+        since = trio.current_time()
         for count, own in enumerate(ours, 1):
             if store.dependents(own.oid):
                 await replica.free(own.oid)
+                since = trio.current_time()
             if replica.map.pools[copies][pg] != group or not self._has_left(copies, pg):
                 raise UnreachableError("the group changed meanwhile")
             now = store.get(own.oid)
@@ -111,8 +114,9 @@ class Leftovers:
                 )
                 store.quarantine(own.oid)
                 quarantined += 1
-            if count % BATCH == 0:
+            if count % BATCH == 0 or trio.current_time() - since > SLICE_S:
                 await trio.lowlevel.checkpoint()
+                since = trio.current_time()
         log.info(
             "group %d of pool %d has moved away: %d objects removed, %d quarantined",
             pg, copies, removed, quarantined,

@@ -28,7 +28,9 @@ from storaged.operations.requests import Client
 log = logging.getLogger(__name__)
 
 BATCH = 64
-"""Objects removed between two looks at the other tasks."""
+"""Objects removed between two looks at the other tasks, at most."""
+SLICE_S = 0.002
+"""How long they may take. An object in hundreds of pieces takes a file system a millisecond."""
 USAGE_AT_ONCE = 100_000
 """Records in one reply to USAGE."""
 _LAYER = struct.Struct("<Q")
@@ -72,14 +74,17 @@ class Removal:
             in_use = LiveIndexes(live)
             dead = _dead(store.of_layer(layer), in_use, keep_maps)
             removed = 0
+            since = trio.current_time()
             for oid in dead:
                 if store.dependents(oid):
                     await self._replica.free(oid)
+                    since = trio.current_time()
                 if not self._replica.is_held(oid):
                     store.delete(oid)
                     removed += 1
-                if removed % BATCH == 0:
+                if removed % BATCH == 0 or trio.current_time() - since > SLICE_S:
                     await trio.lowlevel.checkpoint()
+                    since = trio.current_time()
             # Also when nothing went now: whoever was asked before may not have come to it.
             await self._replica.flush_store(None)
             return Outcome(removed, len(_dead(store.of_layer(layer), in_use, keep_maps)))
