@@ -59,6 +59,23 @@ async def tear(cluster: StaticCluster, mount: StaticMount, oid: int, old: bytes)
     await start_all(cluster, mount)
 
 
+def files_of(cluster: StaticCluster, oid: int) -> dict[Path, bytes]:
+    """Give what is in the files of an object, on all nodes."""
+    files = [next(n.path.glob(f"objects/*/*/{oid:016x}")) for n in cluster.nodes.values()]
+    return {file: file.read_bytes() for file in files}
+
+
+async def go_back(cluster: StaticCluster, mount: StaticMount, kept: dict[Path, bytes]) -> None:
+    """All nodes lose power, and have these files as they were."""
+    for node in cluster.nodes.values():
+        node.clean = False
+        node.stop()
+        await node._ended.wait()
+    for file, content in kept.items():
+        file.write_bytes(content)
+    await start_all(cluster, mount)
+
+
 async def start_all(cluster: StaticCluster, mount: StaticMount) -> None:
     """Start all nodes; one of them is the truth."""
     for node in cluster.nodes.values():
@@ -243,21 +260,12 @@ async def test_what_was_deleted_before_does_not_come_back(tmp_path: Path) -> Non
         here = await mount_of(cluster, etcd)
         await here.write(OBJECT_SIZE, A)
         await here.flush()
-        files = {
-            node: next(node.path.glob(f"objects/*/*/{data_object(LAYER, 1):016x}"))
-            for node in cluster.nodes.values()
-        }
-        kept = {node: file.read_bytes() for node, file in files.items()}
+        kept = files_of(cluster, data_object(LAYER, 1))
         await here.volume.punch(OBJECT_SIZE, OBJECT_SIZE)
         await here.flush()
-        await wait_until(lambda: not any(file.exists() for file in files.values()))
+        await wait_until(lambda: not any(file.exists() for file in kept))
         await here.write(OBJECT_SIZE + BLOCK, B)
-        for node in cluster.nodes.values():
-            node.clean = False
-            node.stop()
-            await node._ended.wait()
-            files[node].write_bytes(kept[node])
-        await start_all(cluster, here)
+        await go_back(cluster, here, kept)
         await has_mended(here)
         assert await here.read(OBJECT_SIZE, 2 * BLOCK) == bytes(2 * BLOCK)
         await here.write(OBJECT_SIZE + BLOCK, C)
@@ -275,11 +283,7 @@ async def test_what_was_to_be_deleted_stays_where_a_loss_brings_it_back(
         await here.flush()
         replicator = here.volume.replicator
         assert replicator is not None
-        oid = data_object(LAYER, 1)
-        files = {
-            node: next(node.path.glob(f"objects/*/*/{oid:016x}")) for node in cluster.nodes.values()
-        }
-        kept = {node: file.read_bytes() for node, file in files.items()}
+        kept = files_of(cluster, data_object(LAYER, 1))
         await here.volume.punch(OBJECT_SIZE, OBJECT_SIZE)
         written = trio.Event()
 
@@ -298,12 +302,7 @@ async def test_what_was_to_be_deleted_stays_where_a_loss_brings_it_back(
                 await trio.testing.wait_all_tasks_blocked()
                 await here.write(OBJECT_SIZE + BLOCK, B)
                 written.set()
-        for node in cluster.nodes.values():
-            node.clean = False
-            node.stop()
-            await node._ended.wait()
-            files[node].write_bytes(kept[node])
-        await start_all(cluster, here)
+        await go_back(cluster, here, kept)
         await has_mended(here)
         assert await here.read(OBJECT_SIZE, 2 * BLOCK) == A + bytes(BLOCK)
         await let_go(here)
