@@ -30,6 +30,9 @@ PATIENCE_S = 3600.0
 LOOK_EVERY_S = 0.5
 NO_ANSWER_S = 30.0
 RAMP_S = 2
+COPIES = 3
+SPARE_BYTES = 2 << 30
+"""The nodes' reserve, and what is not data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ class Bench:
         """Start everything and fill the VDI."""
         self.cluster.start()
         self.cluster.mount(self._mount)
-        self.cluster.sheepctl("vdi", "create", "bench", str(self._size), "--copies", "3")
+        self.cluster.sheepctl("vdi", "create", "bench", str(self._size), "--copies", str(COPIES))
         self._file = self._mount / "bench.raw"
         wait_for(self._file.exists, 10, "the VDI's file")
         lay_out(self._file, self._size)
@@ -245,6 +248,11 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def space_needed(size: int, nodes: int, losses: int) -> int:
+    """Bytes that all nodes together take on one disk; with less, recovery stops at the reserve."""
+    return COPIES * size + COPIES * size * losses // nodes + SPARE_BYTES
+
+
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="tools/bench recovery", description=__doc__)
@@ -269,7 +277,16 @@ def main() -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    directory = Path(tempfile.mkdtemp(prefix="sheepfs-recovery-", dir=arguments.directory))
+    place = Path(arguments.directory or tempfile.gettempdir())
+    if not place.is_dir():
+        parser.error(f"{place} is no directory")
+    needed = space_needed(size, arguments.nodes, losses=1 if arguments.idle else 2)
+    if (free := shutil.disk_usage(place).free) < needed:
+        parser.error(
+            f"{place} has {format_size(free)} free, and {format_size(needed)} are needed:"
+            " give --directory on a larger disk, or a smaller --size"
+        )
+    directory = Path(tempfile.mkdtemp(prefix="sheepfs-recovery-", dir=place))
     bench = Bench(directory, arguments.nodes, size, arguments.iops)
     try:
         results = measure(bench, arguments.nodes, 0 if arguments.idle else arguments.quiet, say)
